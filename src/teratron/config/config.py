@@ -1,0 +1,130 @@
+"""One run, one config: the sections together, read from presets, TOML files, key-value overrides, and written back."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from teratron.config.errors import UserError, nearest
+from teratron.config.keys import coerce, kind_of
+from teratron.config.sections import CheckpointConfig, DataConfig, LogConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+
+FREE_ON_RESUME = ("log.", "checkpoint.", "train.steps", "train.eval_every", "train.eval_batches", "train.micro_batch", "train.compile", "data.workers")
+"""What may differ when a run goes on (contract C13); everything else decides the numbers."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run; immutable, passed explicitly."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if self.optim.schedule != "constant" and self.optim.warmup_steps > self.train.steps:
+            raise UserError(f"optim.warmup_steps = {self.optim.warmup_steps} exceeds train.steps = {self.train.steps}: lower the first")
+
+    @staticmethod
+    def preset(name: str) -> Config:
+        """A preset by name, such as `gpt2-124m` or `shakespeare-char`."""
+        if name not in preset_names():
+            raise UserError(f"no preset or file '{name}'{nearest(name, preset_names())}; presets: {', '.join(preset_names())}")
+        text = (resources.files("teratron.config") / "presets" / f"{name}.toml").read_text("utf-8")
+        return Config().override(flatten(tomllib.loads(text), name))
+
+    @staticmethod
+    def load(source: str | Path) -> Config:
+        """A preset's name or a TOML file."""
+        path = Path(source)
+        if path.is_dir():
+            path = path / "config.toml"
+        if path.suffix != ".toml" and not path.is_file():
+            return Config.preset(str(source))
+        try:
+            return Config().override(flatten(tomllib.loads(path.read_text("utf-8")), str(path)), str(path))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such config file; give a TOML file or a preset: {', '.join(preset_names())}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise UserError(f"{path}: not a readable TOML file: {error}") from None
+
+    def override(self, values: Mapping[str, Any], origin: str = "") -> Config:
+        """A new config with `section.key` values replaced; text is converted to each key's type.
+
+        Raises `UserError` with the nearest right name for an unknown key, and the expected type for a wrong value.
+        """
+        changes: dict[str, dict[str, Any]] = {}
+        where = f"{origin}: " if origin else ""
+        for name, value in values.items():
+            if name not in key_names():
+                raise UserError(f"{where}unknown key '{name}'{nearest(name, key_names())}")
+            section, leaf = name.split(".")
+            kind = kind_of(type(getattr(self, section)), leaf)
+            changes.setdefault(section, {})[leaf] = coerce(value, kind, f"{where}{name}")
+        sections = {section: dataclasses.replace(getattr(self, section), **leaves) for section, leaves in changes.items()}
+        return dataclasses.replace(self, **sections)
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Every (`section.key`, value) in order."""
+        for section in dataclasses.fields(self):
+            part = getattr(self, section.name)
+            for leaf in dataclasses.fields(part):
+                yield f"{section.name}.{leaf.name}", getattr(part, leaf.name)
+
+    def to_toml(self) -> str:
+        """The whole config as TOML text, which `Config.load` reads back to an equal object."""
+        lines: list[str] = []
+        for name, value in self.items():
+            section, leaf = name.split(".")
+            if f"[{section}]" not in lines:
+                lines += ["", f"[{section}]"]
+            lines.append(f"{leaf} = {_toml_value(value)}")
+        return "\n".join(lines[1:]) + "\n"
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package."""
+    folder = resources.files("teratron.config") / "presets"
+    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def key_names() -> list[str]:
+    """Every `section.key`."""
+    return [name for name, _ in Config().items()]
+
+
+def flatten(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """TOML tables to `section.key` names."""
+    sections = [field.name for field in dataclasses.fields(Config)]
+    flat: dict[str, Any] = {}
+    for section, table in tree.items():
+        if section not in sections or not isinstance(table, dict):
+            raise UserError(f"{origin}: unknown section '{section}'{nearest(section, sections)}; sections: {', '.join(sections)}")
+        flat |= {f"{section}.{leaf}": value for leaf, value in table.items()}
+    return flat
+
+
+def frozen_changes(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """The keys with both values that differ although a run that goes on may not change them (contract C13)."""
+    then = dict(old.items())
+    return [(name, then[name], value) for name, value in new.items() if value != then[name] and not name.startswith(FREE_ON_RESUME)]
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
+    return repr(value)

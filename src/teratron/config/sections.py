@@ -1,0 +1,225 @@
+"""The sections of a run's config: one frozen dataclass each, every field with its unit, meaning and checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from teratron.config.errors import UserError
+from teratron.config.keys import Section, at_least, between, key
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """The shape of the model."""
+
+    section: ClassVar[str] = "model"
+
+    family: Literal["gpt"] = key("gpt")
+    """Model family: gpt = decoder-only transformer."""
+    layers: int = key(12, at_least(1))
+    """Transformer blocks."""
+    hidden: int = key(768, at_least(1))
+    """Width of the residual stream, in features."""
+    heads: int = key(12, at_least(1))
+    """Query heads of each attention layer."""
+    kv_heads: int = key(0, at_least(0))
+    """Key/value heads (grouped-query attention); 0 = as many as query heads."""
+    head_dim: int = key(0, at_least(0))
+    """Features of one head; 0 = hidden / heads."""
+    ffn: int = key(0, at_least(0))
+    """Width of the feed-forward layer, in features; 0 = 4 * hidden."""
+    seq_length: int = key(1024, at_least(1))
+    """Tokens of one training sample (the context length)."""
+    max_positions: int = key(0, at_least(0))
+    """Longest context the model can hold, in tokens; 0 = seq_length."""
+    vocab_size: int = key(0, at_least(0))
+    """Token ids of the model; 0 = as many as the tokenizer has."""
+    vocab_multiple: int = key(128, at_least(1))
+    """The vocabulary's weights are padded in memory to a multiple of this, for fast matrix products; padding is masked out."""
+    norm: Literal["layernorm", "rmsnorm"] = key("layernorm")
+    """Normalisation of each block's inputs."""
+    norm_eps: float = key(1e-5, at_least(0))
+    """Added to the variance inside a norm."""
+    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] = key("gelu")
+    """Feed-forward activation; swiglu and geglu add a gate projection."""
+    position: Literal["learned", "rope", "none"] = key("learned")
+    """How positions enter: a learned table, rotary embedding (halves rotated), or not at all."""
+    rope_theta: float = key(10000.0, at_least(1))
+    """Base of the rotary frequencies."""
+    tie_embeddings: bool = key(True)
+    """Use the token embedding as the output projection."""
+    bias: bool = key(True)
+    """Biases in linear layers and LayerNorm."""
+    qk_norm: bool = key(False)
+    """Normalise each head's queries and keys (RMSNorm over head_dim)."""
+    dropout: float = key(0.0, between(0, 1))
+    """Probability of dropping an embedding or residual feature."""
+    attention_dropout: float = key(0.0, between(0, 1))
+    """Probability of dropping an attention weight (slower: the fused kernels draw their own numbers, so they are not used)."""
+    init_std: float = key(0.02, at_least(0))
+    """Standard deviation of initial weights; output projections of blocks divide it by sqrt(2 * layers)."""
+
+    def check(self) -> None:
+        if self.head_dim == 0 and self.hidden % self.heads:
+            raise UserError(f"model.hidden = {self.hidden} is not divisible by model.heads = {self.heads}: change one of them, or set model.head_dim")
+        if self.heads % self.key_value_heads:
+            raise UserError(f"model.heads = {self.heads} is not divisible by model.kv_heads = {self.kv_heads}: choose a divisor of model.heads")
+        if self.position == "rope" and self.head_features % 2:
+            raise UserError(f"model.head_dim = {self.head_features} is odd: rotary positions need an even number of features a head")
+        if self.seq_length > self.positions:
+            raise UserError(f"model.seq_length = {self.seq_length} exceeds model.max_positions = {self.max_positions}: lower the first or raise the second")
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def head_features(self) -> int:
+        return self.head_dim or self.hidden // self.heads
+
+    @property
+    def ffn_width(self) -> int:
+        return self.ffn or 4 * self.hidden
+
+    @property
+    def positions(self) -> int:
+        return self.max_positions or self.seq_length
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in ("swiglu", "geglu")
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """What is learned from, and in which order."""
+
+    section: ClassVar[str] = "data"
+
+    text: tuple[str, ...] = key(())
+    """Raw files or folders, prepared on the way into the run directory (.txt, source code, .jsonl, .jsonl.gz, .jsonl.zst, .parquet)."""
+    text_key: str = key("text")
+    """The field of a .jsonl record or the column of a .parquet file that holds the text."""
+    train: tuple[str, ...] = key(())
+    """Prepared data sets (PREFIX of PREFIX.bin and PREFIX.idx); several, or `weight prefix weight prefix ...`, are blended."""
+    valid: tuple[str, ...] = key(())
+    """Prepared data sets for evaluation, as data.train; empty = the second part of data.split."""
+    split: str = key("99,1")
+    """Shares of training and validation when data.valid is empty: native order cuts the token stream, megatron order the documents."""
+    tokenizer: str = key("")
+    """A tokenizer file or folder, `bytes`, `chars`, or `bpe:SIZE` (trained on data.text); empty = the data set's own, or bpe:8192."""
+    order: Literal["native", "megatron"] = key("native")
+    """Sample order: a keyed permutation computed at any step, or Megatron-LM's GPTDataset order exactly."""
+    isolate_documents: bool = key(False)
+    """Attention and positions restart at each document."""
+    mask_end_of_document: bool = key(False)
+    """No loss where the input is the end-of-document token."""
+    workers: int = key(0, at_least(0))
+    """Processes that prepare data.text; 0 = one a CPU core."""
+
+    def check(self) -> None:
+        if self.text and self.train:
+            raise UserError("data.text and data.train are both set: give raw text or prepared data sets, not both")
+        if self.valid and self.text:
+            raise UserError("data.valid needs data.train: prepare both with `teratron data prepare`, or leave data.valid out and use data.split")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig(Section):
+    """What is learned."""
+
+    section: ClassVar[str] = "objective"
+
+    name: Literal["next_token"] = key("next_token")
+    """next_token = predict each token from those before it."""
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    """How weights change."""
+
+    section: ClassVar[str] = "optim"
+
+    name: Literal["adamw"] = key("adamw")
+    """Optimizer: adamw = Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+    lr: float = key(3e-4, at_least(0))
+    """Highest learning rate."""
+    min_lr: float = key(0.0, at_least(0))
+    """Learning rate at the end of the decay."""
+    warmup_steps: int = key(0, at_least(0))
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = key("cosine")
+    """Shape after the warm-up; wsd = constant, then a linear decay over the last decay_steps."""
+    decay_steps: int = key(0, at_least(0))
+    """Step at which cosine and linear reach min_lr (0 = train.steps); for wsd the length of the final decay (0 = a fifth of train.steps)."""
+    weight_decay: float = key(0.1, at_least(0))
+    """Decoupled weight decay; biases and norms are never decayed."""
+    beta1: float = key(0.9, between(0, 1))
+    """Decay rate of the first moment."""
+    beta2: float = key(0.95, between(0, 1))
+    """Decay rate of the second moment."""
+    eps: float = key(1e-8, at_least(0))
+    """Added to the root of the second moment."""
+    clip: float = key(1.0, at_least(0))
+    """Largest global gradient norm; 0 = no clipping."""
+
+    def check(self) -> None:
+        if self.min_lr > self.lr:
+            raise UserError(f"optim.min_lr = {self.min_lr} exceeds optim.lr = {self.lr}: lower it")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """How long, how much at once, how precise."""
+
+    section: ClassVar[str] = "train"
+
+    steps: int = key(1000, at_least(1))
+    """Optimizer steps of the whole run."""
+    global_batch: int = key(32, at_least(1))
+    """Sequences of one optimizer step, over all processes."""
+    micro_batch: int = key(0, at_least(0))
+    """Sequences of one forward and backward pass; 0 = the whole global batch."""
+    precision: Literal["fp32", "bf16", "fp64"] = key("fp32")
+    """Numbers of weights and activations: fp32; bf16 with float32 master weights; fp64 for tests."""
+    seed: int = key(1234, at_least(0))
+    """Every random number of the run follows from it."""
+    eval_every: int = key(100, at_least(0))
+    """Steps between evaluations; 0 = only after the last step."""
+    eval_batches: int = key(0, at_least(0))
+    """Global batches of one evaluation; 0 = the whole validation data."""
+    compile: bool = key(False)
+    """Compile each block with torch.compile (needs a C++ compiler on CPU)."""
+    deterministic: bool = key(False)
+    """On CUDA use only deterministic kernels, so that a resumed run is bit-identical (slower; CPU always is)."""
+
+    def check(self) -> None:
+        if self.micro_batch and self.global_batch % self.micro_batch:
+            raise UserError(
+                f"train.global_batch = {self.global_batch} is not divisible by train.micro_batch = {self.micro_batch}: choose a divisor of the global batch"
+            )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Section):
+    """What is kept of a run."""
+
+    section: ClassVar[str] = "checkpoint"
+
+    every: int = key(500, at_least(0))
+    """Steps between checkpoints; 0 = only after the last step and on interrupt."""
+    keep: int = key(2, at_least(0))
+    """Newest checkpoints kept on disk; 0 = all."""
+
+
+@dataclass(frozen=True)
+class LogConfig(Section):
+    """What a run tells."""
+
+    section: ClassVar[str] = "log"
+
+    every: int = key(10, at_least(1))
+    """Steps between lines on a screen that is not a terminal (metrics.jsonl holds every step)."""
+    tensorboard: bool = key(True)
+    """Write TensorBoard files into RUN/tensorboard when the tensorboard package is installed."""
