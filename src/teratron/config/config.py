@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from teratron.config.errors import UserError, nearest
 from teratron.config.keys import coerce, kind_of
 from teratron.config.sections import CheckpointConfig, DataConfig, LogConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 
-FREE_ON_RESUME = ("log.", "checkpoint.", "train.steps", "train.eval_every", "train.eval_batches", "train.micro_batch", "train.compile", "data.workers")
+FREE_ON_RESUME = (
+    "log.",
+    "checkpoint.",
+    "train.steps",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.micro_batch",
+    "train.compile",
+    "data.workers",
+)
 """What may differ when a run goes on (contract C13); everything else decides the numbers."""
 
 
@@ -65,11 +76,10 @@ class Config:
         changes: dict[str, dict[str, Any]] = {}
         where = f"{origin}: " if origin else ""
         for name, value in values.items():
-            if name not in key_names():
-                raise UserError(f"{where}unknown key '{name}'{nearest(name, key_names())}")
+            if name not in key_kinds():
+                raise UserError(f"{where}unknown key '{name}'{nearest(name, key_kinds())}")
             section, leaf = name.split(".")
-            kind = kind_of(type(getattr(self, section)), leaf)
-            changes.setdefault(section, {})[leaf] = coerce(value, kind, f"{where}{name}")
+            changes.setdefault(section, {})[leaf] = coerce(value, key_kinds()[name], f"{where}{name}")
         sections = {section: dataclasses.replace(getattr(self, section), **leaves) for section, leaves in changes.items()}
         return dataclasses.replace(self, **sections)
 
@@ -99,7 +109,15 @@ def preset_names() -> list[str]:
 
 def key_names() -> list[str]:
     """Every `section.key`."""
-    return [name for name, _ in Config().items()]
+    return list(key_kinds())
+
+
+@functools.cache
+def key_kinds() -> Mapping[str, Any]:
+    """Every `section.key` and its declared type, in order."""
+    default = Config()
+    owners = {name: type(getattr(default, name.partition(".")[0])) for name, _ in default.items()}
+    return MappingProxyType({name: kind_of(owner, name.partition(".")[2]) for name, owner in owners.items()})
 
 
 def flatten(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 import textwrap
 import typing
@@ -77,9 +78,9 @@ def coerce(value: Any, kind: Any, name: str) -> Any:
         raise UserError(f"{name} = {value!r}: expected one of {', '.join(typing.get_args(kind))}")
     if kind == tuple[str, ...]:
         if isinstance(value, str):
-            return (value,) if value else ()
+            value = (value,) if value else ()
         if isinstance(value, (list, tuple)):
-            return tuple(str(item) for item in value)
+            return tuple(coerce(str(item), str, name) for item in value)
     try:
         return _scalar(value, kind)
     except (TypeError, ValueError, KeyError, OverflowError):
@@ -89,6 +90,7 @@ def coerce(value: Any, kind: Any, name: str) -> Any:
 def _scalar(value: Any, kind: Any) -> Any:
     """Convert to bool, int, float or str; raises ValueError for anything that is not plainly one."""
     if kind is str and isinstance(value, str):
+        value.encode("utf-8")  # raises ValueError for a file name that is not UTF-8: config.toml could not hold it
         return value
     if kind is bool:
         return value if isinstance(value, bool) else {"true": True, "false": False}[str(value).lower()]
@@ -107,11 +109,11 @@ def _scalar(value: Any, kind: Any) -> Any:
 @functools.cache
 def field_docs(section: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, read from its source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
-    assert isinstance(body, ast.ClassDef)
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    body = list(ast.iter_child_nodes(definition))
     docs: dict[str, str] = {}
-    for statement, following in zip(body.body, body.body[1:], strict=False):
-        is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and is_text:
-            docs[statement.target.id] = " ".join(str(following.value.value).split())  # type: ignore[attr-defined]
+    for statement, following in itertools.pairwise(body):
+        match statement, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.split())
     return docs

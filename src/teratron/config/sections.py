@@ -62,13 +62,20 @@ class ModelConfig(Section):
 
     def check(self) -> None:
         if self.head_dim == 0 and self.hidden % self.heads:
-            raise UserError(f"model.hidden = {self.hidden} is not divisible by model.heads = {self.heads}: change one of them, or set model.head_dim")
+            raise UserError(
+                f"model.hidden = {self.hidden} is not divisible by model.heads = {self.heads}: change one of them, or set model.head_dim"
+            )
         if self.heads % self.key_value_heads:
-            raise UserError(f"model.heads = {self.heads} is not divisible by model.kv_heads = {self.kv_heads}: choose a divisor of model.heads")
+            raise UserError(
+                f"model.heads = {self.heads} is not divisible by model.kv_heads = {self.kv_heads}: choose a divisor of model.heads"
+            )
         if self.position == "rope" and self.head_features % 2:
             raise UserError(f"model.head_dim = {self.head_features} is odd: rotary positions need an even number of features a head")
         if self.seq_length > self.positions:
-            raise UserError(f"model.seq_length = {self.seq_length} exceeds model.max_positions = {self.max_positions}: lower the first or raise the second")
+            raise UserError(
+                f"model.seq_length = {self.seq_length} exceeds model.max_positions = {self.max_positions}: "
+                "lower the first or raise the second"
+            )
 
     @property
     def key_value_heads(self) -> int:
@@ -122,7 +129,9 @@ class DataConfig(Section):
         if self.text and self.train:
             raise UserError("data.text and data.train are both set: give raw text or prepared data sets, not both")
         if self.valid and self.text:
-            raise UserError("data.valid needs data.train: prepare both with `teratron data prepare`, or leave data.valid out and use data.split")
+            raise UserError(
+                "data.valid needs data.train: prepare both with `teratron data prepare`, or leave data.valid out and use data.split"
+            )
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = key("cosine")
     """Shape after the warm-up; wsd = constant, then a linear decay over the last decay_steps."""
     decay_steps: int = key(0, at_least(0))
-    """Step at which cosine and linear reach min_lr (0 = train.steps); for wsd the length of the final decay (0 = a fifth of train.steps)."""
+    """Step at which cosine and linear reach min_lr (0 = train.steps); for wsd the length of the last decay (0 = a fifth of train.steps)."""
     weight_decay: float = key(0.1, at_least(0))
     """Decoupled weight decay; biases and norms are never decayed."""
     beta1: float = key(0.9, between(0, 1))
@@ -197,7 +206,8 @@ class TrainConfig(Section):
     def check(self) -> None:
         if self.micro_batch and self.global_batch % self.micro_batch:
             raise UserError(
-                f"train.global_batch = {self.global_batch} is not divisible by train.micro_batch = {self.micro_batch}: choose a divisor of the global batch"
+                f"train.global_batch = {self.global_batch} is not divisible by train.micro_batch = {self.micro_batch}: "
+                "choose a divisor of the global batch"
             )
 
 

@@ -1,0 +1,39 @@
+"""Objectives: a batch becomes loss terms; the loss is exact over the global batch (contract C2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from teratron.config import ObjectiveConfig
+from teratron.models import GPT, State
+from teratron.objectives.next_token import NextToken
+from teratron.objectives.terms import Batch, Term
+
+__all__ = ["Batch", "NextToken", "Objective", "Term", "build_objective", "total_loss"]
+
+
+class Objective(Protocol):
+    """What is learned: which tensors enter the model, and which terms are measured at its head."""
+
+    def inputs(self, batch: Batch) -> State:
+        """The model's first state."""
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """The denominator of each term: depends on the batch alone, is summed over the global batch before the first forward."""
+
+    def terms(self, model: GPT, state: State, batch: Batch) -> list[Term]:
+        """The terms of a micro-batch from the model's last state."""
+
+
+def build_objective(config: ObjectiveConfig) -> Objective:
+    """The objective that `objective.name` asks for."""
+    return {"next_token": NextToken}[config.name]()
+
+
+def total_loss(terms: list[Term], counts: Mapping[str, Tensor]) -> Tensor:
+    """Sum over terms of weight * sum / count, the counts those of the whole global batch."""
+    losses = [term.weight * term.sum / counts[term.name].clamp(min=1e-30) for term in terms]
+    return sum(losses[1:], start=losses[0])

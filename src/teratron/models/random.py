@@ -1,0 +1,70 @@
+"""Every random number of a model as a function of names and coordinates, so that any shard can be made alone (contracts C4, C8)."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+ROW_BLOCK = 64
+"""Rows of dimension 0 that share one generator when initial values are drawn."""
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from any printable parts; stable over processes, platforms and Python versions."""
+    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def normal_rows(seed: int, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of the standard-normal tensor `name` of full `shape`, float32 on CPU.
+
+    Each block of ROW_BLOCK rows has its own generator: the values of a row do not depend on which other rows are asked for.
+    """
+    rows = []
+    for block in range(start // ROW_BLOCK, -(-stop // ROW_BLOCK)):
+        first, last = block * ROW_BLOCK, min((block + 1) * ROW_BLOCK, shape[0])
+        generator = torch.Generator().manual_seed(seed_of(seed, name, shape, block))
+        values = torch.randn((last - first, *shape[1:]), generator=generator)
+        rows.append(values[max(start - first, 0) : stop - first])
+    return torch.cat(rows)
+
+
+def mask_keys(seed: int, step: int, sample: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
+    """One 32-bit key for each token of a batch, from its global coordinates.
+
+    Args: sample [B] global sample index; positions, segments [B, S]. Returns int32 [B, S].
+    """
+    base = seed_of("mask", seed, step) & 0x7FFFFFFFFFFF
+    mixed = _mix64(sample[:, None] + base) + _mix64(positions * 4096 + segments + 1)
+    return _to_int32(_mix64(mixed))
+
+
+def keep_mask(keys: Tensor, features: Tensor, probability: float) -> Tensor:
+    """True where an element survives dropout: a hash of its token key and its feature key is above the threshold.
+
+    Args: keys int32 [...], features int32 [F] (from `feature_keys`), probability of dropping. Returns bool [..., F].
+    """
+    # Two multiplications and one xor-shift: the top bits, which the comparison reads, then depend on all 32 bits of both keys.
+    bits = keys.unsqueeze(-1) ^ features
+    bits = bits * -2048144789
+    bits = bits ^ (bits >> 15)
+    bits = bits * -1028477387
+    return bits >= int(probability * 2**32) - 2**31
+
+
+def feature_keys(site: str, count: int, device: torch.device) -> Tensor:
+    """One 32-bit key for each feature of a dropout site, int32 [count]."""
+    base = seed_of("site", site) & 0x7FFFFFFFFFFF
+    return _to_int32(_mix64(torch.arange(count, device=device) * 0x9E3779B97F + base))
+
+
+def _mix64(x: Tensor) -> Tensor:
+    x = (x ^ (x >> 31)) * 0x7FB5D329728EA185
+    x = (x ^ (x >> 27)) * -0x7E25210B43D22BB3
+    return x ^ (x >> 33)
+
+
+def _to_int32(x: Tensor) -> Tensor:
+    return (x >> 16).to(torch.int32)  # keeps the low 32 bits of the shifted value, wrapping

@@ -1,0 +1,66 @@
+"""Flat buffers: all parameters of a kind in one contiguous tensor, their gradients in another; modules hold views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Bucket:
+    """Parameters that share dtype and decay, in one buffer.
+
+    `master` is what the optimizer updates: float32 for half types, else the weights themselves. `gradient` is what it reads:
+    float32 for half types (accumulated over micro-batches), else the buffer that backward writes.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decayed: bool) -> None:
+        first = next(iter(parameters.values()))
+        self.decayed = decayed
+        self.places: dict[str, tuple[int, torch.Size]] = {}
+        size = 0
+        for name, parameter in parameters.items():
+            self.places[name] = (size, parameter.shape)
+            size += parameter.numel()
+        self.weights = torch.empty(size, dtype=first.dtype, device=first.device)
+        self.backward = torch.zeros_like(self.weights)
+        half = first.dtype.itemsize == 2
+        for name, parameter in parameters.items():
+            view = self.view(self.weights, name)
+            view.copy_(parameter.data)
+            parameter.data = view
+            parameter.grad = self.view(self.backward, name)
+        self.master = self.weights.float() if half else self.weights
+        self.gradient = torch.zeros_like(self.master) if half else self.backward
+
+    def view(self, flat: Tensor, name: str) -> Tensor:
+        """A parameter's view of a tensor shaped like the buffer."""
+        start, shape = self.places[name]
+        return flat[start : start + shape.numel()].view(shape)
+
+    def collect(self) -> None:
+        """After each backward pass of half types: move its gradient into the float32 sum."""
+        if self.gradient is not self.backward:
+            self.gradient += self.backward
+            self.backward.zero_()
+
+    def publish(self) -> None:
+        """After an update of the masters: round them into the weights that the model uses."""
+        if self.master is not self.weights:
+            self.weights.copy_(self.master)
+
+    def clear(self) -> None:
+        self.gradient.zero_()
+
+
+def flatten(model: nn.Module) -> list[Bucket]:
+    """Move a model's parameters into buckets, decayed (matrices) and not (biases, norms): Megatron-LM's rule."""
+    named = dict(model.named_parameters())
+    kinds = ((True, {n: p for n, p in named.items() if p.dim() > 1}), (False, {n: p for n, p in named.items() if p.dim() <= 1}))
+    return [Bucket(parameters, decayed) for decayed, parameters in kinds if parameters]
+
+
+def global_norm(buckets: Iterable[Bucket]) -> Tensor:
+    """The 2-norm of all gradients together; a scalar tensor."""
+    return torch.stack([torch.linalg.vector_norm(bucket.gradient) for bucket in buckets]).norm()
