@@ -25,7 +25,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[dict[str, object], list[s
 
     A key is an option with a dot: `--section.key value` or `--section.key=value`. Booleans also take `--section.key`,
     `--no-section.key` and `--section.no-key`; keys that are lists take every value up to the next option. Hyphens in a key equal
-    underscores. Everything after a lone `--` is left over. Values stay text (a tuple of text for a list), which `Config.override`
+    underscores. Everything from a lone `--` on is left over. Values stay text (a tuple of text for a list), which `Config.override`
     converts; only the bare boolean forms are already True or False.
 
     Raises `UserError` for an unknown key (with the nearest right one), a missing value, and a key given twice with two values.
@@ -37,20 +37,17 @@ def split_overrides(arguments: Sequence[str]) -> tuple[dict[str, object], list[s
         argument = arguments[position]
         position += 1
         if argument == "--":
-            return overrides, rest + list(arguments[position:])
+            return overrides, rest + list(arguments[position - 1 :])
         if not _is_key(argument):
             rest.append(argument)
             continue
         option, equals, text = argument.partition("=")
         name, positive = _resolve(option)
+        if equals and not positive:
+            raise UserError(f"{argument}: {option} takes no value; type {option} alone, or --{name}={text}")
         following = [] if equals else _values_after(arguments, position)
-        if not positive:
-            value: object = False
-            if equals:
-                raise UserError(f"{argument}: {option} takes no value; type {option} alone, or --{name}={text}")
-        else:
-            value, used = _value(name, text if equals else None, following)
-            position += used
+        value, used = _value(name, text if equals else None, following) if positive else (False, 0)
+        position += used
         if overrides.setdefault(name, value) != value:
             raise UserError(f"--{name} is given twice, as {overrides[name]!r} and {value!r}: keep one")
     return overrides, rest

@@ -79,8 +79,9 @@ def coerce(value: Any, kind: Any, name: str) -> Any:
     if kind == tuple[str, ...]:
         if isinstance(value, str):
             value = (value,) if value else ()
-        if isinstance(value, (list, tuple)):
-            return tuple(coerce(str(item), str, name) for item in value)
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{name} = {value!r}: expected {kind_name(kind)}")
+        return tuple(coerce(str(item), str, name) for item in value)
     try:
         return _scalar(value, kind)
     except (TypeError, ValueError, KeyError, OverflowError):

@@ -6,12 +6,14 @@ import torch
 
 from teratron.config import ModelConfig, UserError
 from teratron.models.gpt import GPT, State
-from teratron.models.parts import Part, flops_per_token, initialise, parameter_count, parts_of
+from teratron.models.parts import Part, flops_per_token, initialise, load_parts, parameter_count, parts_of
 
-__all__ = ["GPT", "Part", "State", "build_model", "flops_per_token", "initialise", "parameter_count", "parts_of"]
+__all__ = ["GPT", "Part", "State", "build_model", "flops_per_token", "initialise", "load_parts", "parameter_count", "parts_of"]
 
 
-def build_model(config: ModelConfig, units: range | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
+def build_model(
+    config: ModelConfig, units: range | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> GPT:
     """A model, or a range of its units, with uninitialised parameters (on `meta`: without memory)."""
     if config.vocab_size == 0:
         raise UserError("model.vocab_size = 0: give it, or train from data whose tokenizer has a size")

@@ -122,7 +122,8 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig, shared_weight: nn.Parameter | None) -> None:
         super().__init__()
         self.norm = Norm(config.hidden, config.norm, config.bias, config.norm_eps)
-        self.output = LanguageHead(config.hidden, config.vocab_size, config.vocab_multiple, config.init_std, shared_weight)
+        name = "/embedding.tokens.weight" if config.tie_embeddings else ".weight"
+        self.output = LanguageHead(config.hidden, config.vocab_size, config.vocab_multiple, config.init_std, shared_weight, name)
 
     def forward(self, state: State, shared: Shared) -> State:
         return {**state, "hidden": self.norm(state["hidden"])}
@@ -168,7 +169,7 @@ class GPT(nn.Module):
         dtype = next(self.parameters()).dtype
         accurate = torch.float64 if dtype == torch.float64 else torch.float32
         exponents = torch.arange(0, self.config.head_features, 2, dtype=accurate, device=positions_BS.device)
-        frequencies = self.config.rope_theta ** (-exponents / self.config.head_features)
+        frequencies = 1 / self.config.rope_theta ** (exponents / self.config.head_features)  # the field's rounding, bit for bit
         angles = positions_BS[:, None, :, None].to(accurate) * frequencies
         return angles.cos(), angles.sin()
 

@@ -19,12 +19,15 @@ CHUNK_LOGITS = 2**22
 class LanguageHead(nn.Module):
     """Scores of the next token. Rows of padding in the weight are masked out of every softmax.
 
-    With `shared` the head uses that parameter (the token embedding's), which keeps its one name and owner.
+    With `shared` the head uses that parameter (the token embedding's), which keeps its one name and owner. `name` is the
+    part's name; a head apart from the embedding that it is tied to holds a copy under the embedding's name (contract C9).
     """
 
-    def __init__(self, width: int, vocab: int, multiple: int, std: float, shared: nn.Parameter | None = None) -> None:
+    def __init__(
+        self, width: int, vocab: int, multiple: int, std: float, shared: nn.Parameter | None = None, name: str = ".weight"
+    ) -> None:
         super().__init__()
-        self.vocab, self.std, self.owns = vocab, std, shared is None
+        self.vocab, self.std, self.name, self.owns = vocab, std, name, shared is None
         self.weight = nn.Parameter(torch.empty(-(-vocab // multiple) * multiple, width)) if shared is None else shared
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -33,17 +36,20 @@ class LanguageHead(nn.Module):
 
     def loss_sum(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Sum over tokens of weight * cross-entropy; hidden [B, S, H], targets and weights [B, S]. A scalar."""
-        return LinearCrossEntropy.apply(hidden.flatten(0, -2), self.weight, targets.flatten(), weights.flatten(), self.vocab)
+        # Inside an autograd function a parameter asks for its gradient even under no_grad; evaluation must not pay for it.
+        weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
+        return LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), weights.flatten(), self.vocab)
 
     def leaf_parts(self) -> Iterator[LeafPart]:
         if self.owns:
-            yield LeafPart(".weight", "weight", 0, (self.vocab, self.weight.shape[1]), self.std)
+            yield LeafPart(self.name, "weight", 0, (self.vocab, self.weight.shape[1]), self.std)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum of weighted token losses; gradients are made in the forward pass, chunk by chunk, while the logits are at hand.
 
-    The upstream gradient of a sum is one number, so backward only scales. Softmax in float32 for half types.
+    The upstream gradient of a sum is one number, so backward only scales, in place: it runs once. Softmax in float32 for
+    half types.
     """
 
     @staticmethod

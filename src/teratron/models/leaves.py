@@ -22,7 +22,7 @@ class LeafPart:
     """A named piece of a leaf's parameter: rows [start, start + shape[0]) of dimension 0."""
 
     name: str
-    """Name below the leaf's parent, such as `q.weight`; empty first component = the leaf's own name."""
+    """Below the leaf's parent (`q.weight`), below the leaf itself (`.weight`), or in full (`/embedding.tokens.weight`)."""
     parameter: str
     """Attribute of the leaf that holds it."""
     start: int

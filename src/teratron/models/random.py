@@ -22,13 +22,15 @@ def normal_rows(seed: int, name: str, shape: tuple[int, ...], start: int, stop: 
 
     Each block of ROW_BLOCK rows has its own generator: the values of a row do not depend on which other rows are asked for.
     """
-    rows = []
+    rows = torch.empty((stop - start, *shape[1:]))
     for block in range(start // ROW_BLOCK, -(-stop // ROW_BLOCK)):
         first, last = block * ROW_BLOCK, min((block + 1) * ROW_BLOCK, shape[0])
         generator = torch.Generator().manual_seed(seed_of(seed, name, shape, block))
         values = torch.randn((last - first, *shape[1:]), generator=generator)
-        rows.append(values[max(start - first, 0) : stop - first])
-    return torch.cat(rows)
+        kept = values[max(start - first, 0) : stop - first]
+        place = max(first - start, 0)
+        rows[place : place + kept.shape[0]] = kept
+    return rows
 
 
 def mask_keys(seed: int, step: int, sample: Tensor, positions: Tensor, segments: Tensor) -> Tensor:

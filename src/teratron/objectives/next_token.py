@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from teratron.config import UserError
@@ -16,7 +17,8 @@ class NextToken:
         return {name: batch[name] for name in ("tokens", "positions", "segments") if name in batch}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        return {"next_token": batch["weights"].sum()}
+        # float64: a float32 sum of uneven weights would depend on how the global batch is cut
+        return {"next_token": batch["weights"].sum(dtype=torch.float64)}
 
     def terms(self, model: GPT, state: State, batch: Batch) -> list[Term]:
         if model.head is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -30,7 +31,7 @@ class AdamW:
         With a norm that is not finite nothing changes but the gradients are cleared.
         """
         norm = float(global_norm(self.buckets))
-        if norm == norm and norm != float("inf"):
+        if math.isfinite(norm):
             scale = min(1.0, self.config.clip / (norm + 1e-6)) if self.config.clip else 1.0
             for bucket, (first, second) in zip(self.buckets, self.moments, strict=True):
                 if scale < 1.0:

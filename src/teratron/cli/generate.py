@@ -1,0 +1,152 @@
+"""`teratron generate`: continue prompts with a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from teratron.config import UserError
+
+if TYPE_CHECKING:
+    from teratron.checkpoint import LoadedModel
+    from teratron.generate import Completion, Request
+
+SUMMARY = "continue a prompt, or a file of prompts, with a trained model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="MODEL", help="a run folder, a checkpoint folder or a Hugging Face folder")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue; - reads it from standard input (default: none)")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line (blank lines are skipped), or .jsonl records")
+    parser.add_argument("--prompt-key", default="prompt", metavar="KEY", help="field of a .jsonl record that holds it (default: prompt)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write records of prompt, text, tokens and seed into this .jsonl file")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens to add (default: 100, or fewer where positions end)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 = always the likeliest token (default: 1)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest tokens; 0 = all (default: 0)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="choose among the likeliest tokens that make up P (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (default: 0)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations of each prompt, seeds S, S+1, ... (default: 1)")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="continuations made at the same time (default: 16)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a continuation before this text; may be repeated")
+    parser.add_argument("--tokenizer", metavar="T", help="tokenizer file, folder or `bytes`, instead of the model's own")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="numbers of weights and activations (default: fp32; fp64 as trained)")
+    parser.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
+
+
+def run(args: argparse.Namespace) -> int:
+    prompts = list(_prompts(args))  # before the slow imports, so that a wrong file is refused at once
+    _check_output(args.output)
+    from teratron.generate import Request, Sampling, open_source
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    request = Request(sampling, args.max_new_tokens, tuple(args.stop), args.samples, args.batch)
+    loaded = open_source(args.source, args.device, args.precision, args.tokenizer)
+    if len(prompts) == request.samples == 1 and not args.output and not args.no_stream:
+        _stream(loaded, prompts[0], request)
+    else:
+        _complete(loaded, prompts, request, args.output)
+    return 0
+
+
+def _prompts(args: argparse.Namespace) -> Iterator[str]:
+    """The prompts that the command line names, in order; an empty one when it names none."""
+    if args.prompts is None:
+        yield _standard_input() if args.prompt == "-" else args.prompt or ""
+        return
+    if args.prompt is not None:
+        raise UserError(f"a prompt and --prompts {args.prompts} are both given: keep one")
+    try:
+        lines = args.prompts.read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {args.prompts}: cannot be read as UTF-8 text: {error}") from None
+    if not any(map(str.strip, lines)):
+        raise UserError(f"--prompts {args.prompts}: holds no prompt; write one a line")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _record(line, args.prompt_key, f"{args.prompts}:{number}") if args.prompts.suffix == ".jsonl" else line
+
+
+def _standard_input() -> str:
+    """All of it, without the line end that `echo` adds."""
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt from standard input is not UTF-8 text: {error}") from None
+
+
+def _record(line: str, key: str, where: str) -> str:
+    """The prompt in a line of JSON."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not a JSON record: {error}") from None
+    prompt = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(prompt, str):
+        raise UserError(f"{where}: expected a record with a text under '{key}'; name another field with --prompt-key")
+    return prompt
+
+
+def _check_output(output: Path | None) -> None:
+    """Refuse what could not be written, before a model is opened."""
+    if output is None:
+        return
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"--output {output}: expected a file in a folder that exists")
+    if not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise UserError(f"--output {output}: no permission to write there; choose another place")
+
+
+def _stream(loaded: LoadedModel, prompt: str, request: Request) -> None:
+    """Print a prompt, its continuation as it comes, and the speed."""
+    from teratron.generate import TextStream, encode
+    from teratron.generate.complete import tokenizer_of
+
+    start = time.perf_counter()
+    stream = TextStream(loaded, [encode(tokenizer_of(loaded), prompt)], request, [request.sampling.seed])
+    print(prompt, end="", flush=True)
+    first = None
+    for step in stream:
+        first = first or time.perf_counter()
+        print("".join(piece for _, piece in step), end="", flush=True)
+    print(flush=True)
+    now, count = time.perf_counter(), len(stream.rows[0].tokens)
+    speed = f", {(count - 1) / (now - first):,.0f} tokens/s after the first ({first - start:.2f} s)" if first and count > 1 else ""
+    _note(f"{count} tokens{speed}")
+
+
+def _complete(loaded: LoadedModel, prompts: list[str], request: Request, output: Path | None) -> None:
+    """Print all continuations under headings, or write them as records; each batch as soon as it is there."""
+    from teratron.generate import complete
+
+    start, tokens, total = time.perf_counter(), 0, len(prompts) * request.samples
+    results = complete(loaded, prompts, request)
+    with open(output, "w", encoding="utf-8") if output else contextlib.nullcontext(sys.stdout) as sink:
+        for number, done in enumerate(results, 1):
+            tokens += len(done.tokens)
+            print(_json(done) if output else _shown(done, number, total), file=sink, flush=True)
+    seconds = time.perf_counter() - start
+    _note(f"{tokens:,} tokens in {total} continuations, {tokens / seconds:,.0f} tokens/s" + (f"; written to {output}" if output else ""))
+
+
+def _json(done: Completion) -> str:
+    return json.dumps({"prompt": done.prompt, "text": done.text, "tokens": done.tokens, "seed": done.seed}, ensure_ascii=False)
+
+
+def _shown(done: Completion, number: int, total: int) -> str:
+    heading = f"--- {number} of {total}, seed {done.seed}\n" if total > 1 else ""
+    return f"{heading}{done.prompt}{done.text}"
+
+
+def _note(text: str) -> None:
+    """A line for people, not part of the text."""
+    print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr)

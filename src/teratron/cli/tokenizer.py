@@ -1,0 +1,73 @@
+"""`teratron tokenizer`: train one, or look at one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "train a byte-level BPE tokenizer on text, or show how one cuts a text"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="action", required=True, metavar="train|show")
+    train = verbs.add_parser("train", help="learn a byte-level BPE from files and folders", allow_abbrev=False)
+    train.add_argument(
+        "inputs", nargs="+", type=Path, metavar="INPUT", help="files or folders: text, source code, .jsonl[.gz|.zst], .parquet"
+    )
+    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, 257 or more")
+    train.add_argument("--output", type=Path, required=True, metavar="FILE", help="the tokenizer.json to write")
+    train.add_argument("--text-key", default="text", metavar="K", help="key of a .jsonl object or column of a .parquet (default: text)")
+    show = verbs.add_parser("show", help="say what a tokenizer is, and how it cuts a text", allow_abbrev=False)
+    show.add_argument("tokenizer", metavar="T", help="`bytes`, a tokenizer file, or a folder that holds one")
+    show.add_argument("text", nargs="?", metavar="TEXT", help="text to cut into tokens")
+
+
+def run(args: argparse.Namespace) -> int:
+    return _train(args) if args.action == "train" else _show(args)
+
+
+def _train(args: argparse.Namespace) -> int:
+    import shutil
+    import time
+
+    from teratron.config import UserError
+    from teratron.data.bpe import train_bpe
+    from teratron.data.output import writing
+    from teratron.data.readers import read_texts
+    from teratron.data.records import Rejection
+
+    output: Path = args.output
+    if output.suffix != ".json":
+        raise UserError(f"--output {output}: expected a name that ends with .json, such as {output.name or 'tokenizer'}.json")
+    started = time.monotonic()
+    rejected: list[Rejection] = []
+    tokenizer = train_bpe(read_texts(args.inputs, args.text_key, rejected.append), args.vocab_size)
+    with writing(output):
+        folder = output.with_name(f".{output.name}.partial")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            tokenizer.save(folder)
+            (folder / "tokenizer.json").replace(output)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(f"trained {tokenizer.vocab_size:,} tokens in {time.monotonic() - started:.1f} s: {output}")
+    if tokenizer.vocab_size < args.vocab_size:
+        print(f"  fewer than the {args.vocab_size:,} asked for: the text has no more pairs that occur twice")
+    if rejected:
+        print(f"  {len(rejected):,} malformed items left out, the first: {rejected[0]}")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from teratron.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(args.tokenizer)
+    for name in ("kind", "vocab_size", "eod", "bos", "fingerprint"):
+        value = getattr(tokenizer, name)
+        spelled = f"  {tokenizer.decode([value])!r}" if name in ("eod", "bos") and value is not None else ""
+        print(f"{name:12} {value if value is not None else '-'}{spelled}")
+    if args.text is not None:
+        ids = tokenizer.encode(args.text)
+        print(f"{'tokens':12} {len(ids)}")
+        print(" ".join(f"{token}:{tokenizer.decode([token])!r}" for token in ids))
+    return 0

@@ -1,0 +1,35 @@
+"""`teratron train`: pretrain a model, or go on with a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "train a model from text or prepared data; the same command continues a run"
+TAKES_KEYS = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", help="a preset's name or a TOML file; default: the config of --run, else the defaults below")
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run: config, metrics, checkpoints, report")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument(
+        "--fork", type=Path, metavar="NEWDIR", help="branch off: start NEWDIR from the newest checkpoint of --run, with other keys"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from teratron.config import Config
+    from teratron.train import Trainer
+
+    saved = args.run / "config.toml"
+    base = Config.load(args.config) if args.config else Config.load(saved) if saved.is_file() else Config()
+    trainer = Trainer(base.override(args.overrides), args.run, device=args.device, fork_to=args.fork)
+    trainer.console.say(trainer.config.to_toml())
+    result = trainer.train()
+    if result.interrupted:
+        again = f"teratron train --run {trainer.run}"
+        trainer.console.say(f"stopped at step {result.step} of {trainer.config.train.steps}; to go on: {again}")
+        return 130
+    trainer.console.say(f"done: {result.step} steps; report in {trainer.run / 'report.html'}; try: teratron generate {trainer.run}")
+    return 0

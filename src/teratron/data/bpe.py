@@ -1,0 +1,56 @@
+"""Training of byte-level byte-pair encodings: any text of any language has tokens, and comes back unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from teratron.config import UserError
+from teratron.data.tok_huggingface import byte_level
+from teratron.data.tokenizer import END_OF_TEXT, Tokenizer
+
+SMALLEST = 257
+"""<|endoftext|> and the 256 bytes."""
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE with GPT-2's splitting into words (Radford et al. 2019), learned from texts.
+
+    Id 0 is <|endoftext|>, then come the 256 bytes, then merges of pairs seen at least twice: a small corpus may yield fewer
+    than `vocab_size` tokens. The same texts in the same order give the same tokenizer. Memory grows with the number of
+    distinct words, not with the length of the texts. Raises `UserError` for a size below 257 or when there is no text.
+    """
+    from tokenizers import models, pre_tokenizers, trainers
+
+    from teratron.data.tok_huggingface import HuggingFaceTokenizer
+
+    if vocab_size < SMALLEST:
+        raise UserError(f"vocab size = {vocab_size}: expected at least {SMALLEST}, the 256 bytes and {END_OF_TEXT}")
+    engine = byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    seen = _Seen(texts)
+    engine.train_from_iterator(seen, trainer)
+    if not seen.characters:
+        raise UserError("tokenizer training: the input holds no text: give files or folders with text")
+    return HuggingFaceTokenizer(engine)
+
+
+class _Seen:
+    """Texts that count the characters taken from them."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = iter(texts)
+        self.characters = 0
+
+    def __iter__(self) -> _Seen:
+        return self
+
+    def __next__(self) -> str:
+        text = next(self._texts)
+        self.characters += len(text)
+        return text

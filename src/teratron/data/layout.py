@@ -1,0 +1,115 @@
+"""Lay out samples over data sets: split, order, blend, phases (contract C14)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from teratron.config import Config, UserError
+from teratron.data.blend import megatron_requests, normalized, parse_blend
+from teratron.data.indexed import IndexedDataset
+from teratron.data.order import split_documents
+from teratron.data.samples import BlendedSamples, MegatronSamples, NativeSamples, PhasedSamples, Samples, Windows
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set with its weight in the blend (None = by its length)."""
+
+    dataset: IndexedDataset
+    weight: float | None
+
+
+def open_sources(items: Sequence[str]) -> list[Source]:
+    """Data sets of `data.train` or `data.valid`."""
+    return [Source(IndexedDataset(prefix), weight) for weight, prefix in parse_blend(items)]
+
+
+class EvaluationWindows:
+    """The windows of several token ranges one after another: every token of each range is a target once."""
+
+    def __init__(self, parts: Sequence[Windows]) -> None:
+        self.parts = parts
+        self.seq_length = parts[0].seq_length
+        self.target_tokens = sum(part.target_tokens for part in parts)
+        self._ends = np.cumsum([part.count for part in parts])
+        self.count = int(self._ends[-1])
+
+    def rows(self, index: np.ndarray) -> np.ndarray:
+        """Token ids int64 [n, seq_length + 1], -1 for padding."""
+        part = np.searchsorted(self._ends, index, "right")
+        begins = np.concatenate(([0], self._ends))
+        return np.concatenate([self.parts[p].rows(np.array([i - begins[p]])) for p, i in zip(part, index, strict=True)])
+
+
+def token_ranges(dataset: IndexedDataset, order: str, split: str) -> list[range | None]:
+    """The token ranges of training and validation: native order cuts the token stream, megatron order the documents."""
+    if order == "megatron":
+        bounds = np.append(dataset.starts, dataset.total_tokens)
+        parts = split_documents(split, len(dataset.lengths))
+        return [range(int(bounds[part.start]), int(bounds[part.stop])) if part else None for part in parts[:2]]
+    shares = [float(share) for share in re.findall(r"[.0-9]+", split)] + [0.0]
+    if not 2 <= len(shares) <= 3 or not sum(shares) > 0:
+        raise UserError(f"data.split = {split!r}: expected the shares of training and validation, such as '99,1'")
+    total = dataset.total_tokens
+    cut = int(total * (shares[0] / sum(shares)))
+    return [range(0, cut) if cut else None, range(cut, total) if cut < total else None]
+
+
+def train_samples(config: Config, sources: Sequence[Source], split: str, phases: Sequence[int]) -> tuple[Samples, int]:
+    """The training samples in `data.order`, and the number of tokens that they are drawn from.
+
+    phases: steps of each phase of the run; each has its own order in megatron mode, whose order depends on its length.
+    """
+    ranges = [token_ranges(source.dataset, config.data.order, split)[0] for source in sources]
+    for source, part in zip(sources, ranges, strict=True):
+        if part is None:
+            raise UserError(f"{source.dataset.prefix}: nothing is left for training with data.split = {split!r}")
+    tokens = sum(len(part) for part in ranges if part is not None)
+    seed, length = config.train.seed, config.model.seq_length
+    if config.data.order == "native":
+        parts = [
+            NativeSamples(source.dataset, part.start, part.stop, length, seed + number)
+            for number, (source, part) in enumerate(zip(sources, ranges, strict=True))
+            if part is not None
+        ]
+        return (parts[0] if len(parts) == 1 else BlendedSamples.native(parts, _weights(sources), seed)), tokens
+    orders: list[tuple[int, Samples]] = []
+    for number, steps in enumerate(phases):
+        count = steps * config.train.global_batch
+        orders.append((count, _megatron(sources, split, count, length, seed + number)))
+    return (orders[0][1] if len(orders) == 1 else PhasedSamples(orders)), tokens
+
+
+def valid_windows(config: Config, sources: Sequence[Source], split: str) -> EvaluationWindows | None:
+    """The held-out windows, or None when the split leaves nothing."""
+    found = []
+    for source in sources:
+        part = token_ranges(source.dataset, config.data.order, split)[1]
+        if part is not None and len(part) > 1:
+            found.append(Windows(source.dataset, part.start, part.stop, config.model.seq_length))
+    return EvaluationWindows(found) if found else None
+
+
+def _weights(sources: Sequence[Source]) -> list[float]:
+    return [source.dataset.total_tokens if source.weight is None else source.weight for source in sources]
+
+
+def _megatron(sources: Sequence[Source], split: str, count: int, length: int, seed: int) -> Samples:
+    """One phase in Megatron-LM's order; several data sets are blended by its rule."""
+    documents = [split_documents(split, len(source.dataset.lengths))[0] for source in sources]
+    if len(sources) == 1:
+        return MegatronSamples(sources[0].dataset, documents[0] or range(0), count, length, seed)
+    if any(source.weight is None for source in sources):
+        parts = [MegatronSamples(s.dataset, d or range(0), None, length, seed) for s, d in zip(sources, documents, strict=True)]
+        available = sum(part.count for part in parts)
+        if available < count:
+            raise UserError(f"data.train without weights holds {available:,} samples, the run draws {count:,}: give weights, or fewer steps")
+        return BlendedSamples.megatron(parts, [part.count for part in parts], count)
+    weights = normalized(_weights(sources))
+    requests, size = megatron_requests(weights, count)
+    parts = [MegatronSamples(s.dataset, d or range(0), n, length, seed) for s, d, n in zip(sources, documents, requests, strict=True)]
+    return BlendedSamples.megatron(parts, weights, size)

@@ -1,0 +1,196 @@
+"""Text in, text out: opens a model, encodes prompts, and gives their continuations as they come or at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from teratron.config import UserError
+from teratron.generate.engine import TokenStream, room_for
+from teratron.generate.sampler import Sampling
+from teratron.generate.text import Continuation
+
+if TYPE_CHECKING:
+    from teratron.checkpoint import LoadedModel
+    from teratron.data.tokenizer import Tokenizer
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt's continuation."""
+
+    prompt: str
+    text: str
+    """New text, without the prompt and without a stop text."""
+    tokens: list[int]
+    """New tokens."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """How prompts are continued."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int | None = None
+    """New tokens a prompt at most; None = 100, or fewer where the model's positions end."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a continuation; they are cut off."""
+    samples: int = 1
+    """Continuations of each prompt; number i is sampled with seed + i."""
+    batch: int = 16
+    """Continuations made at the same time."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)}: expected at least 1")
+        if "" in self.stop:
+            raise UserError("stop = '': expected a text of at least one character")
+
+
+def generate(
+    source: str | Path | LoadedModel,
+    prompts: str | Sequence[str],
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    batch: int = 16,
+    device: str = "auto",
+    precision: str | None = None,
+) -> str | list[str]:
+    """Continue a prompt, or several; returns the new text, or a list of texts in the prompts' order.
+
+    A prompt gets the same text alone and in any batch, up to rounding in the model's matrix products.
+
+    Args:
+        source: a run, checkpoint or Hugging Face folder, or an opened model (which stays on its device, in its precision).
+        max_new_tokens: None = 100, or fewer where the model's positions end.
+        temperature, top_k, top_p, seed: see `Sampling`; temperature 0 is greedy.
+        stop: a text, or several, that ends a continuation; it is cut off.
+        batch: prompts continued at the same time.
+        device: auto, cpu or cuda. precision: fp32, bf16, or None = as trained, halves in float32.
+
+    Raises `UserError` for what cannot be opened, impossible values, and prompts that do not fit the model's positions.
+    """
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    request = Request(Sampling(temperature, top_k, top_p, seed), max_new_tokens, stops, batch=batch)
+    if isinstance(source, (str, Path)):
+        loaded = open_source(source, device, precision)
+    elif (device, precision) == ("auto", None):
+        loaded = source
+    else:
+        raise UserError(f"device = {device}, precision = {precision}: {source.name} is open already; give both to `open_model`")
+    several = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = [completion.text for completion in complete(loaded, several, request)]
+    return texts[0] if isinstance(prompts, str) else texts
+
+
+def open_source(source: str | Path, device: str = "auto", precision: str | None = None, tokenizer: str | None = None) -> LoadedModel:
+    """Open a model for generation: device auto, cpu or cuda; precision fp32 or bf16; `tokenizer` replaces the folder's own."""
+    from teratron.checkpoint import open_model
+
+    if precision is not None and precision not in PRECISIONS:
+        raise UserError(f"precision = {precision}: expected {' or '.join(PRECISIONS)}")
+    loaded = open_model(source, _device(device), PRECISIONS[precision] if precision else None)
+    if tokenizer is None:
+        return loaded
+    from teratron.data.tokenizer import load_tokenizer
+
+    return dataclasses.replace(loaded, tokenizer=load_tokenizer(tokenizer))
+
+
+def complete(loaded: LoadedModel, prompts: Sequence[str], request: Request) -> Iterator[Completion]:
+    """The continuations of all prompts, batch after batch; those of one prompt side by side, with rising seeds.
+
+    Raises `UserError` for a prompt that cannot be continued before any is.
+    """
+    encoded = zip(prompts, _encode_all(loaded, prompts, request), strict=True)
+    jobs = [(prompt, ids, request.sampling.seed + copy) for prompt, ids in encoded for copy in range(request.samples)]
+    return (done for start in range(0, len(jobs), request.batch) for done in _batch(loaded, jobs[start : start + request.batch], request))
+
+
+def _batch(loaded: LoadedModel, jobs: Sequence[tuple[str, list[int], int]], request: Request) -> Iterator[Completion]:
+    stream = TextStream(loaded, [ids for _, ids, _ in jobs], request, [seed for _, _, seed in jobs])
+    for _ in stream:
+        pass
+    for (prompt, _, seed), row in zip(jobs, stream.rows, strict=True):
+        yield Completion(prompt, row.text, row.tokens, seed)
+
+
+class TextStream:
+    """Iterates over steps of one batch of encoded prompts; each gives (row, new text), the text perhaps empty.
+
+    `rows` holds what each row has become, complete once the iteration has ended.
+    """
+
+    def __init__(self, loaded: LoadedModel, prompts: Sequence[list[int]], request: Request, seeds: Sequence[int]) -> None:
+        tokenizer = tokenizer_of(loaded)
+        # A new document begins with bos where there is one: the text before it has ended, as with eod.
+        ends = {token for token in (tokenizer.eod, tokenizer.bos) if token is not None}
+        self.tokens = TokenStream(loaded.model, prompts, request.sampling, request.max_new_tokens, ends, seeds, tokenizer.vocab_size)
+        self.rows = [Continuation(prompt, tokenizer.decode, request.stop) for prompt in prompts]
+
+    def __iter__(self) -> Iterator[list[tuple[int, str]]]:
+        for step in self.tokens:
+            pieces = []
+            for row, token in step:
+                pieces.append((row, self.rows[row].push(token)))
+                if self.rows[row].stopped:
+                    self.tokens.stop(row)
+            yield pieces
+        yield [(index, row.finish()) for index, row in enumerate(self.rows)]
+
+
+def _encode_all(loaded: LoadedModel, prompts: Sequence[str], request: Request) -> list[list[int]]:
+    """Every prompt's tokens; one that cannot be continued is refused by its number."""
+    tokenizer = tokenizer_of(loaded)
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            encoded.append(encode(tokenizer, prompt))
+            room_for(encoded[-1], loaded.config, request.max_new_tokens)
+        except UserError as error:
+            where = f"prompt {number} of {len(prompts)}: " if len(prompts) > 1 else ""
+            raise UserError(f"{where}{error}") from None
+    return encoded
+
+
+def tokenizer_of(loaded: LoadedModel) -> Tokenizer:
+    """The model's tokenizer; raises `UserError` without one."""
+    if loaded.tokenizer is None:
+        raise UserError(f"{loaded.name}: no tokenizer there to read the prompt with; give one with --tokenizer FILE")
+    return loaded.tokenizer
+
+
+def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt's tokens behind bos, if the tokenizer has one; an empty prompt is the start of a document: bos, else eod."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt's character {error.start} is half of one (a lone surrogate): give valid Unicode text") from None
+    ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(prompt)
+    if ids:
+        return ids
+    if tokenizer.eod is None:
+        raise UserError("the prompt is empty, and the tokenizer has no token for the start or end of a document: give some text")
+    return [tokenizer.eod]
+
+
+def _device(name: str) -> str:
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device = {name}: expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device = cuda: no CUDA device is visible to PyTorch; use cpu, or check nvidia-smi and the PyTorch build")
+    return "cuda" if torch.cuda.is_available() and name != "cpu" else "cpu"

@@ -1,0 +1,47 @@
+"""One optimizer step: micro-batches forward and backward, the token-exact loss, clip, update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from teratron.models import GPT
+from teratron.models.random import mask_keys
+from teratron.objectives import Batch, Objective, total_loss
+from teratron.optim import AdamW
+
+
+def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
+    """Cut a batch along its first dimension; size 0 = whole."""
+    count = batch["sample"].shape[0]
+    for start in range(0, count, size or count):
+        yield {name: tensor[start : start + (size or count)] for name, tensor in batch.items()}
+
+
+def dropout_keys(model: GPT, batch: Batch, seed: int, step: int) -> Tensor | None:
+    """The keys of a batch's dropout masks, or None when nothing is dropped."""
+    if model.config.dropout == 0 and model.config.attention_dropout == 0:
+        return None
+    segments = batch.get("segments", torch.zeros_like(batch["positions"]))
+    return mask_keys(seed, step, batch["sample"], batch["positions"], segments)
+
+
+def train_step(
+    model: GPT, objective: Objective, optimizer: AdamW, batch: Batch, *, step: int, seed: int, micro_batch: int, lr: float
+) -> tuple[float, float]:
+    """Learn from one global batch; returns (loss, gradient norm before clipping).
+
+    The loss is exact over the global batch: its counts are known before the first forward pass (contract C2).
+    """
+    counts = objective.counts(batch)
+    loss = torch.zeros((), dtype=torch.float64, device=batch["tokens"].device)
+    for part in micro_batches(batch, micro_batch):
+        state = model(objective.inputs(part), keys=dropout_keys(model, part, seed, step))
+        partial = total_loss(objective.terms(model, state, part), counts)
+        partial.backward()
+        optimizer.collect()
+        loss += partial.detach()
+    norm = optimizer.step(step, lr)
+    return float(loss), norm

@@ -1,0 +1,142 @@
+"""The engine: cached decoding equals recomputation, a batch equals single calls, and rows end where they should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from teratron.config import UserError
+from teratron.generate import Sampling, TokenStream
+from teratron.generate.cache import KVCache
+from teratron.generate.engine import room_for
+from teratron.generate.sampler import choose, uniform
+from teratron.models import GPT
+
+GREEDY = Sampling(temperature=0)
+PROMPTS = [[72, 105], [256], [84, 104, 101, 32, 99, 97, 116, 32, 115, 97, 116], [10, 20, 30]]
+
+
+def all_logits(model: GPT, tokens: list[int]) -> Tensor:
+    """Logits [S, V] without a cache."""
+    state = {"tokens": torch.tensor([tokens]), "positions": torch.arange(len(tokens))[None]}
+    with torch.no_grad():
+        return model.head.output(model(state)["hidden"])[0]
+
+
+def recomputed(model: GPT, prompt: list[int], count: int, sampling: Sampling = GREEDY) -> list[int]:
+    """The continuation by a full forward pass for each token: the plain meaning of generation."""
+    tokens = list(prompt)
+    for place in range(count):
+        tokens += choose(all_logits(model, tokens)[-1:], sampling, [uniform(sampling.seed, place)]).tolist()
+    return tokens[len(prompt) :]
+
+
+def rows_of(stream: TokenStream, count: int) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in range(count)]
+    for step in stream:
+        for row, token in step:
+            rows[row].append(token)
+    return rows
+
+
+def test_cached_logits_equal_full_logits(model: GPT) -> None:
+    tokens = [5, 200, 17, 99, 3, 250, 42, 8]
+    cache = KVCache(model.config, 1, len(tokens), torch.device("cpu"), torch.float64)
+    pieces = []
+    with torch.no_grad():
+        for start, stop in ((0, 4), (4, 5), (5, 6), (6, 8)):
+            columns = torch.arange(stop)
+            mask = (columns <= columns[start:, None])[None, None]
+            state = {"tokens": torch.tensor([tokens[start:stop]]), "positions": columns[None, start:]}
+            pieces.append(model.head.output(model(state, mask, cache=cache)["hidden"])[0])
+            cache.advance(stop - start)
+    expected = all_logits(model, tokens)
+    assert expected.std() > 0.5, "a model that says nothing could hide a difference"
+    torch.testing.assert_close(torch.cat(pieces), expected, rtol=0, atol=1e-10)
+
+
+def test_full_cache_refuses_more(model: GPT) -> None:
+    cache = KVCache(model.config, 1, 2, torch.device("cpu"), torch.float64)
+    new = torch.zeros(1, model.config.key_value_heads, 3, model.config.head_features, dtype=torch.float64)
+    with pytest.raises(IndexError, match="2 columns cannot hold 3"):
+        cache.append(0, new, new)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=7), Sampling(0.7, top_k=20, top_p=0.9, seed=3)], ids=str)
+def test_batch_of_different_lengths_equals_recomputation_alone(model: GPT, sampling: Sampling) -> None:
+    expected = [recomputed(model, prompt, 20, sampling) for prompt in PROMPTS]
+    assert rows_of(TokenStream(model, PROMPTS, sampling, 20), len(PROMPTS)) == expected
+    assert [rows_of(TokenStream(model, [prompt], sampling, 20), 1)[0] for prompt in PROMPTS] == expected
+    assert len({tuple(row) for row in expected}) == len(PROMPTS), "rows that all agree could hide a mix-up"
+
+
+def test_rows_that_end_leave_the_others_alone(model: GPT) -> None:
+    full = [recomputed(model, prompt, 20) for prompt in PROMPTS]
+    stop_ids = {full[0][6], full[2][2]}
+    expected = [row[: next((n for n, token in enumerate(row) if token in stop_ids), 20)] for row in full]
+    assert len({len(row) for row in expected}) > 1, "rows should end at different steps"
+    assert rows_of(TokenStream(model, PROMPTS, GREEDY, 20, stop_ids), len(PROMPTS)) == expected
+
+
+def test_reader_stops_a_row(model: GPT) -> None:
+    full = [recomputed(model, prompt, 12) for prompt in PROMPTS]
+    stream = TokenStream(model, PROMPTS, GREEDY, 12)
+    rows: list[list[int]] = [[] for _ in PROMPTS]
+    for number, step in enumerate(stream):
+        for row, token in step:
+            rows[row].append(token)
+        if number == 4:
+            stream.stop(1)
+    assert rows == [full[0], full[1][:5], full[2], full[3]]
+
+
+def test_rows_reach_the_last_position_together_with_shorter_ones(model: GPT) -> None:
+    prompts = [[1] * 60, [2, 3]]
+    rows = rows_of(TokenStream(model, prompts, GREEDY), 2)
+    assert [len(row) for row in rows] == [4, 62], "without a number each row goes as far as its positions reach"
+    assert rows == [recomputed(model, prompt, len(row)) for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def test_padding_and_other_rows_bring_no_nan(model: GPT) -> None:
+    prompts = [[1], [2] * 50]
+    stream = TokenStream(model, prompts, GREEDY, 3)
+    assert stream._prefill().isfinite().all()
+    assert all(values[0].isfinite()[:, :50].all() for values in stream._cache.values)
+
+
+def test_seed_of_a_row_gives_the_same_in_any_place(model: GPT) -> None:
+    seeds = [11, 12, 13]
+    together = rows_of(TokenStream(model, [PROMPTS[0]] * 3, Sampling(), 15, seeds=seeds), 3)
+    reverse = rows_of(TokenStream(model, [PROMPTS[0]] * 3, Sampling(), 15, seeds=seeds[::-1]), 3)
+    assert together == reverse[::-1]
+    assert len({tuple(row) for row in together}) == 3
+
+
+def test_ids_above_vocab_are_never_chosen(model: GPT) -> None:
+    assert max(rows_of(TokenStream(model, [[1]], Sampling(temperature=5), 40), 1)[0]) >= 10
+    assert max(rows_of(TokenStream(model, [[1]], Sampling(temperature=5), 40, vocab=10), 1)[0]) < 10
+
+
+def test_no_prompts_give_nothing(model: GPT) -> None:
+    assert list(TokenStream(model, [], GREEDY, 5)) == []
+
+
+@pytest.mark.parametrize(
+    ("length", "new", "message"),
+    [
+        (64, 1, "prompt has 64 tokens and the model 64 positions: shorten it to at most 63"),
+        (60, 5, r"max_new_tokens = 5: after the prompt's 60 tokens the model's 64 positions leave 4; ask for at most 4"),
+        (1, 0, "max_new_tokens = 0: expected at least 1"),
+        (0, 5, "the prompt has no tokens"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_refused(model: GPT, length: int, new: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        room_for([1] * length, model.config, new)
+    assert room_for([1] * 60, model.config, 4) == 4
+
+
+def test_foreign_ids_are_refused(model: GPT) -> None:
+    with pytest.raises(UserError, match="token 257, but the model's ids are 0 to 256"):
+        TokenStream(model, [[1], [3, 257]], GREEDY, 5)

@@ -1,0 +1,107 @@
+"""`teratron generate`: streaming, files of prompts, records, and refusals, on a model opened in its place."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from teratron.checkpoint import LoadedModel
+from teratron.cli.main import main
+from teratron.generate import generate
+
+
+@pytest.fixture(autouse=True)
+def _opened(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any folder opens as the small model."""
+    monkeypatch.setattr("teratron.checkpoint.open_model", lambda source, device, dtype: loaded)
+
+
+def continued(loaded: LoadedModel, prompt: str, seed: int = 0) -> str:
+    return str(generate(loaded, prompt, max_new_tokens=20, seed=seed))
+
+
+def test_prompt_and_continuation_are_streamed(loaded: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "run", "Hi", "--max-new-tokens", "20"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"Hi{continued(loaded, 'Hi')}\n"
+    assert "20 tokens, " in err
+    assert "tokens/s" in err
+
+
+def test_complete_text_is_the_streamed_text(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "run", "Hi", "--max-new-tokens", "20", "--temperature", "0.9", "--top-k", "50", "--top-p", "0.9", "--seed", "3"]
+    assert main(command) == main([*command, "--no-stream"]) == 0
+    lines = capsys.readouterr().out
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+
+
+def test_prompt_from_standard_input(loaded: LoadedModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
+    assert main(["generate", "run", "-", "--max-new-tokens", "20"]) == 0
+    assert capsys.readouterr().out == f"two\nlines{continued(loaded, chr(10).join(['two', 'lines']))}\n"
+
+
+def test_prompts_of_a_text_file_are_printed_under_headings(loaded: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_text("Hi\n\nThe cat sat\n")
+    assert main(["generate", "run", "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "20", "--samples", "2"]) == 0
+    expected = [(prompt, seed) for prompt in ("Hi", "The cat sat") for seed in (0, 1)]
+    assert capsys.readouterr().out == "".join(
+        f"--- {number} of 4, seed {seed}\n{prompt}{continued(loaded, prompt, seed)}\n" for number, (prompt, seed) in enumerate(expected, 1)
+    )
+
+
+def test_records_in_and_out(loaded: LoadedModel, tmp_path: Path) -> None:
+    prompts = ["two\nlines", "é"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"question": prompt}) + "\n" for prompt in prompts))
+    files = ["--prompts", str(tmp_path / "in.jsonl"), "--prompt-key", "question", "--output", str(tmp_path / "out.jsonl")]
+    assert main(["generate", "run", *files, "--max-new-tokens", "20", "--batch", "1"]) == 0
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
+    assert [record["prompt"] for record in records] == prompts
+    assert [record["text"] for record in records] == [continued(loaded, prompt) for prompt in prompts]
+    assert all(len(record["tokens"]) == 20 for record in records)
+
+
+def test_stop_texts_and_tokenizer(loaded: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    stop = continued(loaded, "Hi")[3:5]
+    assert main(["generate", "run", "Hi", "--max-new-tokens", "20", "--stop", "never", "--stop", stop, "--tokenizer", "bytes"]) == 0
+    assert capsys.readouterr().out == f"Hi{continued(loaded, 'Hi').partition(stop)[0]}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Hi", "--prompts", "{folder}/good.txt"], "are both given"),
+        (["--prompts", "{folder}/missing.txt"], "missing.txt: cannot be read"),
+        (["--prompts", "{folder}/latin.txt"], "cannot be read as UTF-8"),
+        (["--prompts", "{folder}/blank.txt"], "holds no prompt"),
+        (["--prompts", "{folder}/bad.jsonl"], "bad.jsonl:2: not a JSON record"),
+        (["--prompts", "{folder}/keys.jsonl"], "keys.jsonl:1: expected a record with a text under 'prompt'"),
+        (["Hi", "--output", "{folder}/none/out.jsonl"], "expected a file in a folder that exists"),
+        (["Hi", "--temperature", "-1"], "temperature = -1.0"),
+        (["Hi", "--max-new-tokens", "100"], "ask for at most 62"),
+        (["Hi", "--samples", "0"], "samples = 0"),
+        (["Hi", "--device", "tpu"], "device = tpu"),
+        (["Hi", "--precision", "fp8"], "invalid choice: 'fp8'"),
+    ],
+)
+def test_refusals_are_one_line_and_code_2(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "good.txt").write_text("Hi\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (tmp_path / "keys.jsonl").write_text('{"text": "a"}\n')
+    assert main(["generate", "run", *(argument.format(folder=tmp_path) for argument in arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_refused_prompt_leaves_the_old_output(tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl").write_text("old\n")
+    assert main(["generate", "run", "x" * 100, "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert (tmp_path / "out.jsonl").read_text() == "old\n"
