@@ -83,6 +83,14 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p: float, kept: int) -> Non
     assert len(choose(logits.expand(64, -1), Sampling(top_p=p), numbers).unique()) == kept
 
 
+@pytest.mark.parametrize("width", [0.0, 0.3, 2.0], ids=["equal", "flat", "peaked"])
+def test_top_p_of_a_large_vocabulary(width: float) -> None:
+    logits = width * torch.randn(3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sampling = Sampling(top_p=0.7)
+    numbers = [(n + 0.5) / GRID for n in range(GRID)]
+    torch.testing.assert_close(frequencies(logits, sampling, numbers), expected(logits, sampling).float(), rtol=0, atol=1.01 / GRID)
+
+
 @pytest.mark.parametrize("number", [0.0, 1 - 2.0**-53])
 def test_the_ends_of_the_interval_never_pick_the_impossible(number: float) -> None:
     logits = torch.full((500, 40), -math.inf)

@@ -43,12 +43,12 @@ def test_loss_and_gradients_equal_plain_cross_entropy_for_any_chunk(rows: int, m
 
 
 def test_gradients_are_the_slopes_of_the_loss() -> None:
-    """Central differences along every coordinate (`gradcheck` runs a graph's backward twice, which this one refuses)."""
+    """Central differences along every fifth coordinate (`gradcheck` runs a graph's backward twice, which this one refuses)."""
     hidden, weight, targets, weights = example(tokens=4)
     gradients = torch.autograd.grad(LinearCrossEntropy.apply(hidden, weight, targets, weights, VOCAB), (hidden, weight))
     with torch.no_grad():
         for tensor, gradient in zip((hidden, weight), gradients, strict=True):
-            for flat in range(tensor.numel()):
+            for flat in range(0, tensor.numel(), 5):
                 values = []
                 for change in (1e-6, -2e-6, 1e-6):
                     tensor.view(-1)[flat] += change

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_warm_up_rises_linearly_to_the_highest_rate_which_then_never_rises(kind:
     for step in range(1, WARMUP + 1):
         assert rates[step - 1] == pytest.approx(HIGH * step / WARMUP, rel=1e-12)
     after = rates[WARMUP - 1 :]
-    assert all(later <= earlier for earlier, later in zip(after, after[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(after))
     assert max(rates) == pytest.approx(HIGH)
     assert min(after) >= LOW
 
@@ -55,7 +56,7 @@ def test_there_are_no_jumps(kind: str) -> None:
     """A thousand times finer steps make a thousand times smaller changes (the inverse root is steepest right after the warm-up)."""
     fine = config(kind, warmup_steps=WARMUP * 1000, decay_steps=0)
     rates = [learning_rate(fine, step, TOTAL * 1000) for step in range(1, TOTAL * 1000 + 1)]
-    assert max(abs(b - a) for a, b in zip(rates, rates[1:], strict=False)) <= 1.01 * HIGH / (WARMUP * 1000)
+    assert max(abs(b - a) for a, b in itertools.pairwise(rates)) <= 1.01 * HIGH / (WARMUP * 1000)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])

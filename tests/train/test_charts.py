@@ -28,7 +28,7 @@ def points(chart: ElementTree.Element) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in (pair.split(",") for pair in pairs)] + dots
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(numbers, max_size=12), st.booleans(), st.booleans(), st.sampled_from(["line", "faint", "dots"]))
 def test_any_numbers_give_a_chart_inside_its_frame(values: list[float | None], log: bool, zero: bool, form: str) -> None:
     chart = draw(Series("a & b", range(len(values)), values, form=form), log_y=log, from_zero=zero, rules=[Rule("<r>", 0.5)])
@@ -37,7 +37,7 @@ def test_any_numbers_give_a_chart_inside_its_frame(values: list[float | None], l
     assert bool(points(chart)) == bool(usable) or form == "dots"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.floats(allow_nan=False), min_size=1, max_size=5), st.booleans())
 def test_labels_never_touch_and_tell_ticks_apart(values: list[float], log: bool) -> None:
     chart = draw(Series("a", range(len(values)), values), log_y=log)
@@ -62,7 +62,7 @@ def test_step_labels_do_not_overlap(largest: int, width: int) -> None:
     assert ends <= width + 4
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(3, 10))
 def test_ticks_are_round_equally_spaced_and_inside(low: float, size: float, count: int) -> None:
     ticks = nice_ticks(low, low + size, count)

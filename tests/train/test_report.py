@@ -133,6 +133,12 @@ def test_of_steps_that_ran_twice_the_later_line_counts(tmp_path: Path) -> None:
     assert history.of_kind("eval") == []
 
 
+def test_a_resume_takes_back_the_steps_after_its_checkpoint(tmp_path: Path) -> None:
+    events = [START, *(step(i) for i in range(1, 8)), {"event": "resume", "step": 4}]
+    history = read_history(make_run(tmp_path / "run", events) / "metrics.jsonl")
+    assert list(history.columns["step"]) == [1, 2, 3, 4]
+
+
 def test_a_run_started_again_before_its_first_checkpoint_forgets_the_first_try(tmp_path: Path) -> None:
     events = [START, step(1, 9.0), step(2, 9.0), START, step(1, 2.0)]
     history = read_history(make_run(tmp_path / "run", events) / "metrics.jsonl")

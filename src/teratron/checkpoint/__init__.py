@@ -2,7 +2,7 @@
 
 from teratron.checkpoint.open import LoadedModel, open_model
 from teratron.checkpoint.reader import Checkpoint, checkpoint_folders, newest_checkpoint, open_checkpoint
-from teratron.checkpoint.training import TrainingState, load_training, save_training
+from teratron.checkpoint.training import TrainingState, load_training, save_training, saved_state
 
 __all__ = [
     "Checkpoint",
@@ -14,4 +14,5 @@ __all__ = [
     "open_checkpoint",
     "open_model",
     "save_training",
+    "saved_state",
 ]

@@ -26,49 +26,74 @@ from torch import Tensor
 from teratron.config import UserError
 
 FORMAT, VERSION = "teratron-checkpoint", 1
+TENSORS = "rank-00000.safetensors"
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 _BLOCK = 2**24
+_NO_ROOM = {
+    errno.ENOSPC: "disk full",
+    errno.EDQUOT: "disk quota exceeded",
+    errno.EFBIG: "larger than a file may be here (ulimit -f)",
+}
 
 
-def write_checkpoint(folder: Path, tensors: Sequence[tuple[str, Tensor]], content: dict[str, Any], extra: Iterable[Path] = ()) -> int:
-    """Write a checkpoint folder atomically; returns its bytes.
+def write_checkpoint(folder: Path, tensors: Sequence[tuple[str, Tensor]], content: dict[str, Any], extra: Iterable[Path] = ()) -> None:
+    """Write a checkpoint folder atomically; one writer at a time, which the run's lock sees to.
 
     Args: tensors are (name, contiguous view) with full shapes; content is JSON for the manifest; extra are small files or
-    folders that are copied in. Raises `UserError` when the disk is full (the former checkpoint stays intact).
+    folders that are copied in. Raises `UserError` when the disk is full or not writable; earlier checkpoints stay intact.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    needed = sum(tensor.nbytes for _, tensor in tensors) + 2**20
+    needed = checkpoint_bytes(tensors)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        _check_space(folder.parent, needed)
+        _remove_leftovers(folder.parent)
+        check_space(folder.parent, needed)
         partial.mkdir()
-        name = "rank-00000.safetensors"
-        files = {name: _write_safetensors(partial / name, tensors)}
+        files = {TENSORS: _write_safetensors(partial / TENSORS, tensors)}
         for source in extra:
-            (shutil.copytree if source.is_dir() else shutil.copy2)(source, partial / source.name)
-        for file in sorted(p for p in partial.rglob("*") if p.is_file() and p.name != name):
-            files[str(file.relative_to(partial))] = {"bytes": file.stat().st_size, "sha256": file_digest(file)}
-        manifest = {"format": FORMAT, "version": VERSION, **content, "tensors": _describe(tensors, name), "files": files}
-        text = json.dumps(manifest, indent=1).encode()
-        _write_synced(partial / "manifest.json", text)
-        _write_synced(partial / "COMPLETE", hashlib.sha256(text).hexdigest().encode())
+            files |= _copy(source, partial)
+        manifest = {"format": FORMAT, "version": VERSION, **content, "tensors": _describe(tensors), "files": files}
+        marker = write_synced(partial / "manifest.json", json.dumps(manifest, indent=1).encode())["sha256"]
+        write_synced(partial / "COMPLETE", str(marker).encode())
         _publish(partial, folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise _disk_full(folder.parent, needed) from None
-        raise UserError(f"{folder}: cannot write the checkpoint: {error.strerror}; earlier checkpoints are intact") from None
-    return needed
+        raise _refusal(folder, error, needed) from None
 
 
-def _describe(tensors: Sequence[tuple[str, Tensor]], file: str) -> dict[str, Any]:
+def checkpoint_bytes(tensors: Iterable[tuple[str, Tensor]]) -> int:
+    """Disk space that a checkpoint of these tensors takes, with room for its manifest and small files."""
+    return sum(tensor.nbytes for _, tensor in tensors) + 2**20
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise `UserError` unless so many bytes are free where a folder lies."""
+    if shutil.disk_usage(folder).free < needed:
+        raise _no_room(folder, "disk full", needed)
+
+
+def write_synced(path: Path, text: bytes) -> dict[str, Any]:
+    """Write a small file and flush it to disk; returns its size and SHA-256."""
+    with path.open("wb") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _describe(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
     """Each tensor's dtype, full shape and pieces; a piece is a list of boxes in the full shape."""
     return {
         name: {
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "shape": list(tensor.shape),
-            "pieces": [{"file": file, "key": name, "boxes": [{"offset": [0] * tensor.dim(), "size": list(tensor.shape)}]}],
+            "pieces": [{"file": TENSORS, "key": name, "boxes": [{"offset": [0] * tensor.dim(), "size": list(tensor.shape)}]}],
         }
         for name, tensor in tensors
     }
@@ -76,16 +101,10 @@ def _describe(tensors: Sequence[tuple[str, Tensor]], file: str) -> dict[str, Any
 
 def _write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
     """Stream tensors into a safetensors file without a second copy in memory; returns its size and SHA-256."""
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, tensor in tensors:
-        header[name] = {"dtype": _SAFETENSORS_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
-        offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header = _safetensors_header(tensors)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for chunk in (len(text).to_bytes(8, "little"), text):
+        for chunk in (len(header).to_bytes(8, "little"), header):
             file.write(chunk)
             digest.update(chunk)
         for _, tensor in tensors:
@@ -99,29 +118,43 @@ def _write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> dic
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _safetensors_header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
+    """Where each tensor lies behind the header, as JSON padded to 8 bytes."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in tensors:
+        place = [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": _SAFETENSORS_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
 
 
-def _write_synced(path: Path, text: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _copy(source: Path, target: Path) -> dict[str, dict[str, Any]]:
+    """Copy a small file or folder into a folder, flushed to disk; returns each file's size and SHA-256 by name."""
+    files = {}
+    for path in sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]:
+        name = source.name / path.relative_to(source)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        files[name.as_posix()] = write_synced(target / name, path.read_bytes())
+    return files
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    """Rename into place; a former folder of the same step (a damaged one) is moved aside first and removed last."""
-    _sync_folder(partial)
-    old = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
+    """Rename into place; a damaged former folder of the same step is moved aside first and removed last."""
+    for place in (*(p for p in partial.rglob("*") if p.is_dir()), partial):
+        _sync_folder(place)
     if folder.exists():
-        folder.rename(old)
+        folder.rename(folder.with_name(f".{folder.name}.replaced"))
     partial.rename(folder)
     _sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove_leftovers(folder.parent)
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Remove what a process that was killed while it wrote has left."""
+    for leftover in (*parent.glob(".*.partial"), *parent.glob(".*.replaced")):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -132,14 +165,15 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    if shutil.disk_usage(folder).free < needed:
-        raise _disk_full(folder, needed)
+def _refusal(folder: Path, error: OSError, needed: int) -> UserError:
+    if error.errno in _NO_ROOM:
+        return _no_room(folder.parent, _NO_ROOM[error.errno], needed)
+    return UserError(f"{folder}: cannot write the checkpoint: {error.strerror or error}; earlier checkpoints are intact")
 
 
-def _disk_full(folder: Path, needed: int) -> UserError:
+def _no_room(folder: Path, reason: str, needed: int) -> UserError:
     free = shutil.disk_usage(folder).free
     return UserError(
-        f"{folder}: disk full: a checkpoint needs {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free; "
+        f"{folder}: {reason}: a checkpoint needs {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free; "
         "earlier checkpoints are intact; free space or lower checkpoint.keep, then run the same command again"
     )

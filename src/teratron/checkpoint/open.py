@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from teratron.checkpoint.huggingface import is_huggingface, load_huggingface
-from teratron.checkpoint.reader import newest_checkpoint, open_checkpoint
+from teratron.checkpoint.reader import Checkpoint, newest_checkpoint, open_checkpoint
 from teratron.config import ModelConfig, UserError, nearest
 from teratron.data.tokenizer import Tokenizer, load_tokenizer
 from teratron.models import GPT, build_model, load_parts
@@ -37,13 +38,23 @@ def open_model(source: str | Path, device: str = "cpu", dtype: torch.dtype | Non
     if is_huggingface(folder):
         config, tensors = load_huggingface(folder)
         return LoadedModel(_fill(config, tensors, device, dtype or torch.float32), config, _tokenizer(folder), str(folder))
-    checkpoint = open_checkpoint(folder) if (folder / "manifest.json").is_file() else newest_checkpoint(folder, print)
-    if checkpoint is None:
-        raise UserError(f"{folder}: no checkpoint here; give a run folder of `teratron train`, a checkpoint, or a Hugging Face folder")
+    checkpoint = _checkpoint(folder)
     run = checkpoint.config()
     native = torch.float64 if run.train.precision == "fp64" else torch.float32
     model = _fill(run.model, checkpoint.load("weight"), device, dtype or native)
     return LoadedModel(model, run.model, _tokenizer(checkpoint.folder / "tokenizer"), f"{folder} (step {checkpoint.step:,})")
+
+
+def _checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint that a folder is, or the newest good one of a run."""
+    if (folder / "manifest.json").is_file():
+        checkpoint = open_checkpoint(folder)
+        checkpoint.verify()
+        return checkpoint
+    newest = newest_checkpoint(folder, lambda text: print(text, file=sys.stderr))
+    if newest is None:
+        raise UserError(f"{folder}: no checkpoint here; give a run folder of `teratron train`, a checkpoint, or a Hugging Face folder")
+    return newest
 
 
 def _fill(config: ModelConfig, tensors: dict[str, torch.Tensor], device: str, dtype: torch.dtype) -> GPT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 SUMMARY = "train a model from text or prepared data; the same command continues a run"
@@ -20,16 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from teratron.config import Config
-    from teratron.train import Trainer
 
     saved = args.run / "config.toml"
     base = Config.load(args.config) if args.config else Config.load(saved) if saved.is_file() else Config()
-    trainer = Trainer(base.override(args.overrides), args.run, device=args.device, fork_to=args.fork)
+    config = base.override(args.overrides)  # before the slow import, so that a wrong key is refused at once
+    from teratron.train import Trainer
+
+    trainer = Trainer(config, args.run, device=args.device, fork_to=args.fork)
     trainer.console.say(trainer.config.to_toml())
     result = trainer.train()
+    folder = shlex.quote(str(trainer.run))
     if result.interrupted:
-        again = f"teratron train --run {trainer.run}"
-        trainer.console.say(f"stopped at step {result.step} of {trainer.config.train.steps}; to go on: {again}")
+        trainer.console.say(f"stopped at step {result.step} of {trainer.config.train.steps}; to go on: teratron train --run {folder}")
         return 130
-    trainer.console.say(f"done: {result.step} steps; report in {trainer.run / 'report.html'}; try: teratron generate {trainer.run}")
+    trainer.console.say(f"done: {result.step} steps; report in {trainer.run / 'report.html'}; try: teratron generate {folder}")
     return 0

@@ -27,7 +27,8 @@ class _Damaged(Exception):
 def read_lines(path: Path, reading: Reading, meter: Meter) -> Iterator[Record | Rejection]:
     """A record for each line of a .jsonl, whose content is looked at later; a blank line is an empty document.
 
-    Rejects lines beyond the limit, without ever holding one whole, and the rest of a damaged compressed file.
+    Rejects lines beyond the limit, without ever holding one whole, and the rest of a damaged compressed file: what was read
+    before the damage showed stays, which for a wrong checksum is at the end of its frame.
     """
     name, line, offset = str(path), 0, 0
     with path.open("rb", buffering=0) as file:

@@ -51,12 +51,20 @@ def token_ranges(dataset: IndexedDataset, order: str, split: str) -> list[range 
         bounds = np.append(dataset.starts, dataset.total_tokens)
         parts = split_documents(split, len(dataset.lengths))
         return [range(int(bounds[part.start]), int(bounds[part.stop])) if part else None for part in parts[:2]]
-    shares = [float(share) for share in re.findall(r"[.0-9]+", split)] + [0.0]
-    if not 2 <= len(shares) <= 3 or not sum(shares) > 0:
+    total, shares = dataset.total_tokens, _shares(split)
+    # Rounded down, as nanoGPT cuts its data, so that its recipes see the same tokens.
+    first, second = (int(total * (sum(shares[:count]) / sum(shares))) for count in (1, 2))
+    return [range(0, first) if first else None, range(first, second) if first < second else None]
+
+
+def _shares(split: str) -> list[float]:
+    try:
+        shares = [float(share) for share in re.findall(r"[.0-9]+", split)]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or not sum(shares) > 0:
         raise UserError(f"data.split = {split!r}: expected the shares of training and validation, such as '99,1'")
-    total = dataset.total_tokens
-    cut = int(total * (shares[0] / sum(shares)))
-    return [range(0, cut) if cut else None, range(cut, total) if cut < total else None]
+    return shares
 
 
 def train_samples(config: Config, sources: Sequence[Source], split: str, phases: Sequence[int]) -> tuple[Samples, int]:
@@ -107,7 +115,9 @@ def _megatron(sources: Sequence[Source], split: str, count: int, length: int, se
         parts = [MegatronSamples(s.dataset, d or range(0), None, length, seed) for s, d in zip(sources, documents, strict=True)]
         available = sum(part.count for part in parts)
         if available < count:
-            raise UserError(f"data.train without weights holds {available:,} samples, the run draws {count:,}: give weights, or fewer steps")
+            raise UserError(
+                f"data.train without weights holds {available:,} samples, the run draws {count:,}: give weights, or fewer steps"
+            )
         return BlendedSamples.megatron(parts, [part.count for part in parts], count)
     weights = normalized(_weights(sources))
     requests, size = megatron_requests(weights, count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from teratron.data.samples import Samples
 from teratron.data.tokenizer import Tokenizer, load_tokenizer
 
 Say = Callable[[str], None]
+TRAINED = ("chars", "bpe")
+"""What `data.tokenizer` may say to have a tokenizer trained on data.text."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class TrainingData:
     valid: EvaluationWindows | None
     train_tokens: int
     valid_tokens: int
+    """Held-out tokens that are a target."""
 
 
 def open_data(config: Config, run: Path, phases: Sequence[int], say: Say) -> TrainingData:
@@ -37,65 +40,133 @@ def open_data(config: Config, run: Path, phases: Sequence[int], say: Say) -> Tra
     phases: steps of each phase of the sample order (contract C14). Raises `UserError` for everything that does not fit.
     """
     data = config.data
-    if data.text:
-        prefix = _prepare_text(config, run, say)
-        sources, tokenizer = [Source(IndexedDataset(prefix), None)], load_tokenizer(run / "tokenizer")
-    elif data.train:
-        sources = open_sources(data.train)
-        tokenizer = _known_tokenizer(config, run, sources)
-    else:
+    if not data.text and not data.train:
         raise UserError("no data: give raw text (--data.text FILE_OR_FOLDER) or prepared data sets (--data.train PREFIX)")
+    try:
+        _discard_leftovers(config, run)
+        kept = _kept_tokenizer(config, run)
+        if data.text:
+            tokenizer: Tokenizer | None = kept or _text_tokenizer(config, run, say)
+            sources = [Source(_prepared_text(config, run, tokenizer, say), None)]
+        else:
+            sources = open_sources(data.train)
+            tokenizer = _set_tokenizer(config, run, sources, kept)
+    except OSError as error:
+        raise UserError(
+            f"{run}: the data cannot be prepared here: {error.strerror or error}; free space or choose another folder"
+        ) from None
+    vocab_size = _vocab_size(config, tokenizer)
+    held_out = open_sources(data.valid) if data.valid else sources
     if data.valid:
-        valid = valid_windows(config, open_sources(data.valid), "0,1")
-        train, train_tokens = train_samples(config, sources, "1,0", phases)
-    else:
-        valid = valid_windows(config, sources, data.split)
-        train, train_tokens = train_samples(config, sources, data.split, phases)
+        _check_fingerprints(held_out, tokenizer)
+    valid = valid_windows(config, held_out, "0,1" if data.valid else data.split)
+    if data.valid and valid is None:
+        raise UserError(f"data.valid = {' '.join(data.valid)}: holds fewer than 2 tokens; give more, or leave it out and use data.split")
+    train, train_tokens = train_samples(config, sources, "1,0" if data.valid else data.split, phases)
     valid_tokens = valid.target_tokens if valid is not None else 0
-    return TrainingData(_vocab_size(config, tokenizer), tokenizer.eod if tokenizer else None, train, valid, train_tokens, valid_tokens)
+    return TrainingData(vocab_size, tokenizer.eod if tokenizer else None, train, valid, train_tokens, valid_tokens)
 
 
-def _prepare_text(config: Config, run: Path, say: Say) -> Path:
-    """Tokenizer and prepared data set of `data.text`, made once and kept in the run."""
-    from teratron.data.prepare import prepare
-
-    prefix = run / "data" / "text"
-    inputs = [Path(item) for item in config.data.text]
-    for item in inputs:
-        if not item.exists():
-            raise UserError(f"data.text: {item} does not exist: give files or folders of text")
-    tokenizer = _text_tokenizer(config, run, inputs, say)
-    if not Path(f"{prefix}.idx").is_file():
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        summary = prepare(
-            inputs, prefix, tokenizer, text_key=config.data.text_key, workers=config.data.workers, append_eod=tokenizer.eod is not None, overwrite=True
-        )
-        say(str(summary))
-    return prefix
+def _is_run(run: Path) -> bool:
+    """Whether the folder has become a run, which keeps the tokenizer and the data that it began with."""
+    return (run / "config.toml").is_file()
 
 
-def _text_tokenizer(config: Config, run: Path, inputs: list[Path], say: Say) -> Tokenizer:
+def _discard_leftovers(config: Config, run: Path) -> None:
+    """Discard the tokenizer and data of a first attempt that failed, unless they were made from the same input."""
+    if _is_run(run):
+        return
+    note, origin = run / ".origin.json", _origin(config)
+    if note.is_file() and note.read_text("utf-8") == origin:
+        return
+    branched = (run / "checkpoints").is_dir()
+    if not note.is_file() and not branched and ((run / "tokenizer").exists() or (run / "data" / "text.idx").exists()):
+        raise UserError(f"--run {run}: holds a tokenizer or data that no run made; choose another folder")
+    if not branched:
+        shutil.rmtree(run / "tokenizer", ignore_errors=True)
+    (run / "data" / "text.idx").unlink(missing_ok=True)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(origin, "utf-8")
+
+
+def _origin(config: Config) -> str:
+    """What the tokenizer and the prepared text depend on: the keys, and each file's size and time of change."""
+    data, files = config.data, []
+    if data.text:
+        from teratron.data.readers import find_files
+
+        found = find_files([Path(item) for item in data.text])
+        files = [(str(path), size, path.stat().st_mtime_ns) for path, size in zip(found.paths, found.sizes, strict=True)]
+    return json.dumps([data.text, data.text_key, data.train, data.tokenizer, config.model.vocab_size, files])
+
+
+def _kept_tokenizer(config: Config, run: Path) -> Tokenizer | None:
+    """The tokenizer that the run has already; one that was branched off takes no other."""
+    folder, spec = run / "tokenizer", config.data.tokenizer
+    if not folder.is_dir():
+        return None
+    tokenizer = load_tokenizer(folder)
+    if spec and not _is_run(run) and spec.partition(":")[0] not in TRAINED and load_tokenizer(spec).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"data.tokenizer = {spec!r} is another tokenizer than the one that {run} began with: leave it out")
+    return tokenizer
+
+
+def _text_tokenizer(config: Config, run: Path, say: Say) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names, trained on the text when it says so, and saved in the run."""
-    folder = run / "tokenizer"
-    if folder.is_dir():
-        return load_tokenizer(folder)
     from teratron.data.bpe import train_bpe
-    from teratron.data.readers import read_texts
     from teratron.data.tokenizer import train_chars
 
-    kind, _, size = (config.data.tokenizer or "bpe").partition(":")
-    if kind == "chars":
-        tokenizer = train_chars(read_texts(inputs, config.data.text_key))
-    elif kind == "bpe":
-        if size and not size.isdigit():
-            raise UserError(f"data.tokenizer = {config.data.tokenizer!r}: expected bpe:SIZE, such as bpe:8192")
+    spec = config.data.tokenizer or "bpe"
+    kind, colon, size = spec.partition(":")
+    if kind not in TRAINED:
+        tokenizer = load_tokenizer(spec)
+    elif spec == "chars":
+        tokenizer = _trained(train_chars, config)
+    elif kind == "bpe" and (size.isdecimal() or not colon):
         vocab_size = int(size or config.model.vocab_size or 8192)
         say(f"training a byte-level BPE tokenizer of {vocab_size:,} tokens on data.text")
-        tokenizer = train_bpe(read_texts(inputs, config.data.text_key), vocab_size)
+        tokenizer = _trained(lambda texts: train_bpe(texts, vocab_size), config)
     else:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-    _save_tokenizer(tokenizer, folder)
+        raise UserError(f"data.tokenizer = {spec!r}: expected chars or bpe:SIZE, such as bpe:8192")
+    _save_tokenizer(tokenizer, run / "tokenizer")
     return tokenizer
+
+
+def _trained(train: Callable[[Iterable[str]], Tokenizer], config: Config) -> Tokenizer:
+    """Train on data.text; when there is nothing to train on, the reason is the first thing that was rejected."""
+    from teratron.data.readers import read_texts
+    from teratron.data.records import Rejection
+
+    rejected: list[Rejection] = []
+    taken = 0
+
+    def texts() -> Iterable[str]:
+        nonlocal taken
+        inputs = [Path(item) for item in config.data.text]
+        for text in read_texts(inputs, config.data.text_key, lambda found: rejected.append(found) if not rejected else None):
+            taken += len(text)
+            yield text
+
+    try:
+        return train(texts())
+    except UserError as error:
+        if taken or not rejected:
+            raise UserError(f"data.text = {' '.join(config.data.text)}: {error}") from None
+        raise UserError(f"data.text: no text to learn from: {rejected[0]}") from None
+
+
+def _prepared_text(config: Config, run: Path, tokenizer: Tokenizer, say: Say) -> IndexedDataset:
+    """The prepared data set of `data.text`, made once and kept in the run."""
+    prefix = run / "data" / "text"
+    if not Path(f"{prefix}.idx").is_file():
+        from teratron.data.prepare import prepare
+
+        data, inputs = config.data, [Path(item) for item in config.data.text]
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        has_eod = tokenizer.eod is not None
+        summary = prepare(inputs, prefix, tokenizer, text_key=data.text_key, workers=data.workers, append_eod=has_eod, overwrite=True)
+        say(str(summary))
+    return IndexedDataset(prefix)
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -106,40 +177,41 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     partial.rename(folder)
 
 
-def _known_tokenizer(config: Config, run: Path, sources: list[Source]) -> Tokenizer | None:
-    """The tokenizer of prepared data: `data.tokenizer`, else the one kept beside the data set, else unknown."""
-    folder = run / "tokenizer"
-    if folder.is_dir():
-        return load_tokenizer(folder)
+def _set_tokenizer(config: Config, run: Path, sources: list[Source], kept: Tokenizer | None) -> Tokenizer | None:
+    """The tokenizer of prepared data: the run's, else `data.tokenizer`, else the one beside the first data set, else unknown."""
     spec = config.data.tokenizer
-    if spec.partition(":")[0] in ("chars", "bpe"):
+    if kept is None and spec.partition(":")[0] in TRAINED:
         raise UserError(f"data.tokenizer = {spec!r} is trained on raw text: with data.train give a tokenizer file, or leave it out")
     beside = Path(f"{sources[0].dataset.prefix}.tokenizer")
-    if not spec and not beside.is_dir():
-        return None
-    tokenizer = load_tokenizer(spec or beside)
-    for source in sources:
-        _check_fingerprint(source.dataset.prefix, tokenizer)
-    _save_tokenizer(tokenizer, folder)
+    tokenizer = kept or (load_tokenizer(spec or beside) if spec or beside.is_dir() else None)
+    _check_fingerprints(sources, tokenizer)
+    if kept is None and tokenizer is not None:
+        _save_tokenizer(tokenizer, run / "tokenizer")
     return tokenizer
 
 
-def _check_fingerprint(prefix: Path, tokenizer: Tokenizer) -> None:
+def _check_fingerprints(sources: Iterable[Source], tokenizer: Tokenizer | None) -> None:
     """Refuse a data set whose own notes say that another tokenizer made it."""
-    notes = Path(f"{prefix}.json")
-    if not notes.is_file():
-        return
-    made_by = json.loads(notes.read_text("utf-8")).get("tokenizer", {}).get("fingerprint")
-    if made_by and made_by != tokenizer.fingerprint:
-        raise UserError(f"{prefix} was prepared with another tokenizer than data.tokenizer: leave data.tokenizer out, or prepare the text again")
+    for prefix in (source.dataset.prefix for source in sources):
+        notes = Path(f"{prefix}.json")
+        if tokenizer is None or not notes.is_file():
+            continue
+        try:
+            made_by = json.loads(notes.read_text("utf-8"))["tokenizer"]["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{notes}: damaged: it should say which tokenizer made {prefix}; prepare it again, or remove this file"
+            ) from None
+        if made_by != tokenizer.fingerprint:
+            raise UserError(f"{prefix} was prepared with another tokenizer than the run's: leave data.tokenizer out, or prepare it again")
 
 
 def _vocab_size(config: Config, tokenizer: Tokenizer | None) -> int:
     size = config.model.vocab_size
-    if tokenizer is None:
-        if size == 0:
-            raise UserError("model.vocab_size = 0 and the data set does not say which tokenizer made it: set data.tokenizer or model.vocab_size")
-        return size
-    if size and size < tokenizer.vocab_size:
+    if tokenizer is None and size == 0:
+        raise UserError(
+            "model.vocab_size = 0 and the data set does not say which tokenizer made it: set data.tokenizer or model.vocab_size"
+        )
+    if tokenizer is not None and 0 < size < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size = {size:,} is smaller than the tokenizer's {tokenizer.vocab_size:,}: raise it, or leave it out")
-    return size or tokenizer.vocab_size
+    return size or (tokenizer.vocab_size if tokenizer is not None else 0)

@@ -1,15 +1,18 @@
-"""A map over processes that keeps the order, holds little in flight, and leaves no process behind."""
+"""A map over processes that keeps the order, holds little in flight, and leaves no process behind.
+
+Not `concurrent.futures`: when a process of its pool dies (out of memory) while a large item is on its way, the pool of
+Python 3.11 waits forever; and its processes outlive a parent that was killed.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import signal
 import threading
-from collections import deque
+import traceback
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -30,62 +33,92 @@ def cores() -> int:
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
     """The function's results for the items, in their order, computed by `workers` processes (1 = by this one).
 
-    The function is sent to each process once. The processes end when the iterator is closed, and when this process dies in
-    any way. Exceptions of the function are raised here. Raises `UserError` when a process dies.
+    The function is sent to each process once, the items in turn. The processes end when the generator is closed, and when
+    this process dies in any way. Exceptions of the function are raised here. Raises `UserError` when a process dies.
     """
     if workers == 1:
         yield from map(function, items)
         return
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    pool = ProcessPoolExecutor(workers, context, _start, (function, theirs))
-    flying: deque[Future[Any]] = deque()
+    crew: list[_Worker] = []
+    sent = received = 0
     try:
         for item in items:
-            flying.append(_submit(pool, item))
-            if len(flying) >= AHEAD * workers:
-                yield flying.popleft().result()
-        while flying:
-            yield flying.popleft().result()
-    except BrokenProcessPool:
-        raise UserError(
-            f"a worker process of {workers} died: out of memory, or started from a script without `if __name__ == '__main__':`;"
-            " use fewer workers, 1 to use none"
-        ) from None
+            if len(crew) < workers:
+                crew.append(_Worker(function))
+            crew[sent % workers].send(item)
+            sent += 1
+            if sent - received == AHEAD * workers:
+                yield crew[received % workers].result()
+                received += 1
+        while received < sent:
+            yield crew[received % workers].result()
+            received += 1
     finally:
-        if flying:
-            ours.close()  # nobody wants what the processes still work on
-        pool.shutdown(cancel_futures=True)
-        ours.close()
+        for worker in crew:
+            worker.stop()
+
+
+class _Worker:
+    """A process, and this process's end of the pipe to it; when this end closes, the process ends."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        # A fresh interpreter: forking a process that has threads (the tokenizer's, the caller's) can freeze it.
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, function), daemon=True)
+        # The process inherits that Ctrl-C is not for it: this one hears it, and ends the others.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
+    def send(self, item: Any) -> None:
+        try:
+            self._pipe.send(item)
+        except OSError:
+            raise self._death() from None
 
-def _submit(pool: ProcessPoolExecutor, item: Any) -> Future[Any]:
-    """Hand an item to the pool, whose processes inherit that Ctrl-C is for this one alone to handle."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    def result(self) -> Any:
+        """The next result, or the exception raised in its place."""
+        try:
+            good, value = self._pipe.recv()
+        except (EOFError, OSError):
+            raise self._death() from None
+        if not good:
+            raise value
+        return value
+
+    def stop(self) -> None:
+        self._pipe.close()
+        self._process.join()
+
+    def _death(self) -> UserError:
+        self._process.join()
+        return UserError(
+            f"a worker process died (exit code {self._process.exitcode}): out of memory, or started by a script without"
+            " `if __name__ == '__main__':`; use fewer workers, 1 to use none"
+        )
+
+
+def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
+    """What a worker process does."""
+    items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_take, args=(pipe, items), daemon=True).start()
+    while True:
+        try:
+            answer = True, function(items.get())
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            answer = False, error
+        pipe.send(answer)
+
+
+def _take(pipe: Connection, items: queue.SimpleQueue[Any]) -> None:
+    """Receive items as they come, so that the sender never waits for the one being worked on; end with the sender."""
     try:
-        return pool.submit(_work, item)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-_function: Callable[[Any], Any]
-"""What a worker process applies; it has no other way to keep what it was sent at its start."""
-
-
-def _start(function: Callable[[Any], Any], parent: Connection) -> None:
-    global _function
-    _function = function
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: Connection) -> None:
-    """Wait for the other end of the pipe, which only the parent holds, to be closed: by it, or because it is no more."""
-    try:
-        parent.recv()
+        while True:
+            items.put(pipe.recv())
     except (EOFError, OSError):
         os._exit(1)
-
-
-def _work(item: Any) -> Any:
-    return _function(item)

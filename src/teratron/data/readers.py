@@ -154,7 +154,9 @@ def read_text(path: Path, reading: Reading, meter: Meter) -> Iterator[Record | R
     A large file is read twice: nothing of a document may be written before all of it is known to be good.
     """
     name = str(path)
-    if path.stat().st_size <= min(SMALL, reading.limit):
+    size = path.stat().st_size
+    if size <= min(SMALL, reading.limit):
+        meter.within = lambda: size
         yield Record(name, 0, 0, path.read_bytes(), "file")
         return
     try:

@@ -95,7 +95,7 @@ def decode(data: bytes) -> str:
 
 def text_of_json(line: bytes, text_key: str) -> str:
     """The text in one line of JSON. Raises `Malformed` for anything but an object whose `text_key` holds valid text."""
-    text = decode(line).removeprefix("\ufeff")
+    text = decode(line.rstrip(b"\r\n")).removeprefix("\ufeff")
     try:
         value: Any = json.loads(text)
     except json.JSONDecodeError as error:

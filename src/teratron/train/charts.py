@@ -147,7 +147,7 @@ def log_ticks(low: float, high: float, count: int) -> list[float]:
         ticks = [digit * 10.0**power for power in powers for digit in digits if low <= digit * 10.0**power <= high]
         if len(ticks) <= count + 1 and (digits == (1,) or powers.step == 1):
             best = ticks
-    return best if len(best) > 1 else nice_ticks(low, high, count)
+    return best if len(best) > 1 else _three_ticks(low, high, count)
 
 
 def tick_label(value: float, step: float, largest: float) -> str:
@@ -198,7 +198,12 @@ def _y_axis(values: list[float], log: bool, from_zero: bool, count: int) -> tupl
     low, high = _spread(low, high) if low == high else (low, high)
     pad = 0.04 * (high - low)
     low, high = low - pad * (not from_zero or low < 0), high + pad
-    return _label(next(ticks for more in range(10) if len(ticks := nice_ticks(low, high, count + more)) > 2)), low, high
+    return _label(_three_ticks(low, high, count)), low, high
+
+
+def _three_ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round numbers, never fewer than three."""
+    return next(ticks for more in range(10) if len(ticks := nice_ticks(low, high, count + more)) > 2)
 
 
 def _spread(low: float, high: float) -> tuple[float, float]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+import shutil
 import time
 from pathlib import Path
 
 import torch
 
-from teratron.config import UserError
+from teratron.config import Config, UserError
+from teratron.models import GPT, build_model, parameter_count
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -40,6 +43,35 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def check_memory(config: Config, device: torch.device) -> None:
+    """Refuse a model whose state alone exceeds the memory here: weights, gradients, masters, two moments."""
+    count = parameter_count(build_model(config.model, device="meta"))
+    needed = count * {"fp32": 4 * 4, "bf16": 2 + 2 + 4 * 4, "fp64": 8 * 4}[config.train.precision]
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
+    if needed > free:
+        raise UserError(
+            f"{count:,} parameters in {config.train.precision} need {needed / 2**30:,.1f} GiB for weights, gradients and optimizer; "
+            f"{free / 2**30:,.1f} GiB are free on {device.type}: choose a smaller model"
+        )
+
+
+def _available_memory() -> float:
+    """Bytes that can be taken without swapping; infinite where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    return float(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) * 1024
+
+
+def compile_blocks(model: GPT, device: torch.device) -> None:
+    """torch.compile each block; raises `UserError` on a CPU without a C++ compiler."""
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        raise UserError("train.compile on CPU needs a C++ compiler: install one (`apt-get install g++`), or drop --train.compile")
+    for block in model.blocks.values():
+        block.compile()
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:

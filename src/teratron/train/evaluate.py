@@ -12,7 +12,7 @@ from teratron.objectives import Batch, Objective
 
 @torch.no_grad()
 def evaluate(model: GPT, objective: Objective, batches: Iterable[Batch]) -> float:
-    """The loss over all batches together: for each term sum / count over everything, weighted."""
+    """The loss over all batches together: for each term sum / count over everything, weighted. Nothing is dropped."""
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
     weights: dict[str, float] = {}

@@ -2,96 +2,128 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import sys
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from types import TracebackType
+from typing import IO, Any, TextIO
 
+from teratron.config import UserError
 from teratron.train.tensorboard import TensorBoard, available
 
 
 class Metrics:
-    """Appends events to RUN/metrics.jsonl (each line flushed), and to RUN/tensorboard when asked and installed."""
+    """Appends events to RUN/metrics.jsonl (each line at once), and to RUN/tensorboard when asked and installed.
+
+    Raises `UserError` when they cannot be written.
+    """
 
     def __init__(self, run: Path, tensorboard: bool) -> None:
-        path = run / "metrics.jsonl"
-        _end_last_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._run = run
+        with self._reporting():
+            self._file = (run / "metrics.jsonl").open("ab+", buffering=0)
+            _end_last_line(self._file)
         self._folder = run / "tensorboard" if tensorboard and available() else None
         self._board: TensorBoard | None = None
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        if self._board is not None:
+            # What ended training matters more than the last scalars, which metrics.jsonl holds anyway.
+            with contextlib.suppress(OSError) if error is not None else self._reporting():
+                self._board.close()
 
     def write(self, event: str, **values: Any) -> None:
         """One event; numbers that are not finite become null."""
         record = {"event": event, **values}
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
-        if self._folder is not None and event in ("step", "eval"):
-            self._board = self._board or TensorBoard(self._folder)  # its import takes a second: not before the first step
-            self._board.write(record)
+        with self._reporting():
+            self._file.write(json.dumps(clean).encode() + b"\n")
+            if self._folder is not None and event in ("step", "eval"):
+                self._board = self._board or TensorBoard(self._folder)  # its import takes a second: not before the first step
+                self._board.write(record)
 
-    def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._run}: the run's metrics cannot be written: {error.strerror or error}; "
+                "earlier checkpoints are intact; free space, then run the same command again"
+            ) from None
 
 
-def _end_last_line(path: Path) -> None:
+def _end_last_line(file: IO[bytes]) -> None:
     """A killed process may leave half a line: end it, so that the next event stands alone."""
-    if path.is_file() and path.stat().st_size:
-        with path.open("rb+") as file:
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
+    if file.seek(0, 2):
+        file.seek(-1, 2)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
 
 
 class Console:
-    """The live line: redrawn in place on a terminal, a plain line every `every` steps elsewhere."""
+    """The live line: redrawn in place on a terminal, a plain line every `every` steps elsewhere; without a stream, silence."""
 
-    def __init__(self, total: int, every: int, stream: TextIO | None = None) -> None:
+    def __init__(self, total: int, every: int, stream: TextIO | None) -> None:
         self.total, self.every = total, every
-        self.stream = stream or sys.stdout
-        self.live = self.stream.isatty()
+        self._stream = stream
+        self._live = stream is not None and stream.isatty()
         self._drawn = 0.0
         self._width = 0
+        self._steps, self._mean_seconds = 0, 0.0
 
-    def step(self, event: dict[str, Any], seconds_left: float) -> None:
-        """Show a step event."""
+    def step(self, event: dict[str, Any]) -> None:
+        """Show a step event, with the time left."""
         step, last = event["step"], event["step"] == self.total
-        if not self.live and step % self.every and step != 1 and not last:
+        left = self._mean(event["seconds"]) * (self.total - step)
+        if not self._live and step % self.every and step != 1 and not last:
             return
-        if self.live and time.monotonic() - self._drawn < 0.1 and not last:
+        if self._live and time.monotonic() - self._drawn < 0.1 and not last:
             return
         self._drawn = time.monotonic()
-        text = (
+        self._draw(
             f"step {step:>{len(str(self.total))}}/{self.total}  loss {event['loss']:.4f}  lr {event['lr']:.2e}  "
-            f"norm {event['grad_norm']:.2f}  {event['tokens_per_second']:,.0f} tokens/s  MFU {event['mfu']:.0%}  left {duration(seconds_left)}"
+            f"norm {event['grad_norm']:.2f}  {event['tokens_per_second']:,.0f} tokens/s  MFU {event['mfu']:.0%}  left {duration(left)}"
         )
-        self._draw(text)
+
+    def _mean(self, seconds: float) -> float:
+        """The moving mean of a step's seconds; the first step, which also warms up, counts only until there is another."""
+        self._steps += 1
+        self._mean_seconds = seconds if self._steps <= 2 else 0.95 * self._mean_seconds + 0.05 * seconds
+        return self._mean_seconds
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if self.live and self._width:
-            self.stream.write("\r" + " " * self._width + "\r")
+        cleared = "\r" + " " * self._width + "\r" if self._width else ""
         self._width = 0
-        self.stream.write(text + "\n")
-        self.stream.flush()
-
-    def _draw(self, text: str) -> None:
-        if not self.live:
-            self.stream.write(text + "\n")
-        else:
-            self.stream.write("\r" + text.ljust(self._width))
-            self._width = len(text)
-        self.stream.flush()
+        self._write(f"{cleared}{text}\n")
 
     def finish(self) -> None:
         """Leave the live line standing."""
-        if self.live and self._width:
-            self.stream.write("\n")
+        if self._width:
+            self._write("\n")
             self._width = 0
+
+    def _draw(self, text: str) -> None:
+        if not self._live:
+            self._write(f"{text}\n")
+            return
+        text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps could not be redrawn
+        self._write("\r" + text.ljust(self._width))
+        self._width = len(text)
+
+    def _write(self, text: str) -> None:
+        if self._stream is not None:
+            self._stream.write(text)
+            self._stream.flush()
 
 
 def duration(seconds: float) -> str:

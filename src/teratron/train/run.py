@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -9,7 +10,12 @@ from pathlib import Path
 from typing import TextIO
 
 from teratron.checkpoint import newest_checkpoint
+from teratron.checkpoint.format import write_synced
 from teratron.config import Config, UserError, frozen_changes
+from teratron.data.blend import parse_blend
+
+FORKING = ".forking"
+"""Stands in a run directory while it is being branched off and is not yet a run of its own."""
 
 
 def lock(run: Path) -> TextIO:
@@ -21,32 +27,37 @@ def lock(run: Path) -> TextIO:
         raise UserError(f"--run {run}: cannot be written: {error.strerror}; choose another folder") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"--run {run}: another process is training here; wait for it, or choose another folder") from None
+    except OSError as error:
+        handle.close()
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise UserError(f"--run {run}: another process is training here; wait for it, or choose another folder") from None
+        raise UserError(f"--run {run}: cannot be locked: {error.strerror}; choose a folder on another disk") from None
     return handle
 
 
 def absolute_paths(config: Config) -> Config:
-    """The same config with the paths that exist made absolute, so that a run goes on from any working directory."""
-
-    def absolute(item: str) -> str:
-        there = os.path.exists(item) or os.path.exists(f"{item}.idx")
-        return os.path.abspath(item) if there else item
-
+    """The same config with the paths of its data made absolute, so that a run goes on from any working directory."""
     data = config.data
-    tokenizer = data.tokenizer if data.tokenizer in ("bytes", "chars") else absolute(data.tokenizer)
-    lists = {f"data.{name}": tuple(map(absolute, getattr(data, name))) for name in ("text", "train", "valid")}
-    return config.override({**lists, "data.tokenizer": tokenizer})
+    paths = {f"data.{name}": _absolute_blend(getattr(data, name)) for name in ("train", "valid")}
+    tokenizer = data.tokenizer
+    if tokenizer and tokenizer.partition(":")[0] not in ("bytes", "chars", "bpe"):
+        tokenizer = os.path.abspath(tokenizer)
+    return config.override({"data.text": tuple(map(os.path.abspath, data.text)), **paths, "data.tokenizer": tokenizer})
+
+
+def _absolute_blend(items: tuple[str, ...]) -> tuple[str, ...]:
+    weighted = bool(items) and parse_blend(items)[0][0] is not None
+    return tuple(item if weighted and place % 2 == 0 else os.path.abspath(item) for place, item in enumerate(items))
 
 
 def continue_config(run: Path, config: Config) -> Config:
     """The config of a run that goes on: refuses keys that may not change, fills what the run had resolved.
 
-    A fresh folder returns `config` as it is.
+    A fresh folder, or one that is being branched off, returns `config` as it is.
     """
     path = run / "config.toml"
     if not path.is_file():
-        if (run / "checkpoints").is_dir():
+        if (run / "checkpoints").is_dir() and not (run / FORKING).is_file():
             raise UserError(f"--run {run} has checkpoints but no config.toml: choose another folder")
         return config
     saved = Config.load(path)
@@ -57,34 +68,42 @@ def continue_config(run: Path, config: Config) -> Config:
         name, old, new = changes[0]
         more = f" (and {len(changes) - 1} more keys)" if len(changes) > 1 else ""
         raise UserError(
-            f"--run {run} holds a run with {name} = {old!r}, now {new!r}{more}: use that value, another --run folder, or --fork NEWDIR to branch off"
+            f"--run {run} holds a run with {name} = {old!r}, now {new!r}{more}: "
+            "use that value, another --run folder, or --fork NEWDIR to branch off"
         )
     return config
 
 
 def write_config(run: Path, config: Config) -> None:
-    """Save the effective config, atomically."""
+    """Save the effective config, atomically; from now on the directory holds a run."""
     partial = run / ".config.toml.partial"
-    partial.write_text(config.to_toml(), "utf-8")
-    partial.replace(run / "config.toml")
+    try:
+        write_synced(partial, config.to_toml().encode())
+        partial.replace(run / "config.toml")
+        (run / FORKING).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{run}/config.toml: cannot be written: {error.strerror}; free space or choose another --run folder") from None
 
 
-def fork(old: Path, new: Path, config: Config) -> None:
-    """Start `new` from the newest checkpoint and the tokenizer of `old`, with another config.
+def fork(old: Path, new: Path) -> None:
+    """Copy the newest checkpoint and the tokenizer of run `old` into `new`, which its first `write_config` makes a run of its own.
 
-    A folder that was forked before is left as it is, so the same command goes on there.
+    A folder that is one already is left as it is, so that the same command goes on there; a copy cut short is made again.
     """
-    if (new / "checkpoints").is_dir():
+    if (new / "config.toml").is_file():
         return
+    if (new / "checkpoints").exists() and not (new / FORKING).is_file():
+        raise UserError(f"--fork {new}: holds checkpoints of something else; choose another folder")
     checkpoint = newest_checkpoint(old, print)
     if checkpoint is None:
         raise UserError(f"--fork {new}: {old} has no checkpoint to branch off; train it first")
-    partial = new / ".fork.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    shutil.copytree(checkpoint.folder, partial / checkpoint.folder.name)
-    if (checkpoint.folder / "tokenizer").is_dir():
-        shutil.copytree(checkpoint.folder / "tokenizer", new / "tokenizer", dirs_exist_ok=True)
-    vocab = config.model.vocab_size or checkpoint.config().model.vocab_size
-    write_config(new, config.override({"model.vocab_size": vocab}))
-    partial.rename(new / "checkpoints")
+    try:
+        (new / FORKING).touch()
+        for name in ("checkpoints", "tokenizer"):
+            shutil.rmtree(new / name, ignore_errors=True)
+        shutil.copytree(checkpoint.folder, new / "checkpoints" / checkpoint.folder.name)
+        if (checkpoint.folder / "tokenizer").is_dir():
+            shutil.copytree(checkpoint.folder / "tokenizer", new / "tokenizer")
+    except OSError as error:
+        reason = error.strerror or error.args[0][0][-1]  # a tree's copy gives the reason of each file
+        raise UserError(f"--fork {new}: cannot copy {checkpoint.folder}: {reason}; run the same command again") from None
