@@ -5,6 +5,8 @@ Nothing of this project's models is used. Parameters have the names of the `tran
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,6 +54,8 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """Token ids [B, S] -> logits [B, S, V]; the output projection is the token embedding."""
 
+    transformer: Any
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.transformer = nn.ModuleDict(
@@ -68,7 +72,7 @@ class GPT2(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
-        for block in self.transformer.h:  # type: ignore[union-attr]
+        for block in self.transformer.h:
             x = block(x)
         return self.lm_head(self.transformer.ln_f(x))
 
@@ -122,6 +126,7 @@ class LlamaBlock(nn.Module):
 class Llama(nn.Module):
     """Token ids [B, S] -> logits [B, S, V]."""
 
+    model: Any
     cos: Tensor
     sin: Tensor
 
@@ -143,6 +148,6 @@ class Llama(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.model.embed_tokens(tokens)
-        for block in self.model.layers:  # type: ignore[union-attr]
+        for block in self.model.layers:
             x = block(x, self.cos, self.sin)
         return self.lm_head(self.model.norm(x))

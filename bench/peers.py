@@ -170,5 +170,5 @@ def _transformers_model(config: ModelConfig) -> Any:
         llama = transformers.LlamaConfig(**shape, max_position_embeddings=config.seq_length, rope_parameters=rope)
         return transformers.LlamaForCausalLM(llama).train()
     shape |= {"n_embd": config.hidden, "n_layer": config.layers, "n_head": config.heads, "n_positions": config.seq_length}
-    off = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **off, activation_function="gelu")).train()
+    shape |= {"activation_function": "gelu", "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).train()

@@ -85,29 +85,26 @@ def table(workload: Workload, precision: str, device: str, result: Race) -> Tabl
     )
     grid = Table(title=title, caption=caption)
     grid.add_column("contender")
-    for heading in ("tokens/s", "ms/step", "fastest, slowest", "MFU", "peak memory", "over imports", "loss", "ours is"):
+    for heading in ("tokens/s", "ms/step", "MFU", "peak MiB", "less imports", "ours is"):
         grid.add_column(heading, justify="right")
     for lane in result.lanes:
         grid.add_row(*_cells(lane, workload, result))
     if result.lanes[1:]:
         best = best_peer(result)
         grid.add_section()
-        grid.add_row(f"ours / best peer ({best.name})", *[""] * 7, f"{speed_ratio(result.lanes[0], best):.2f} x", style="bold")
+        grid.add_row("ours / best peer", *[""] * 5, f"{speed_ratio(result.lanes[0], best):.2f} x", style="bold")
     return grid
 
 
 def _cells(lane: Lane, workload: Workload, result: Race) -> list[str]:
     seconds, ours = median(lane.seconds), result.lanes[0]
-    own = lane.memory - lane.imports
     return [
         lane.name,
         f"{workload.tokens / seconds:,.0f}",
         f"{seconds * 1e3:,.1f}",
-        f"{min(lane.seconds) * 1e3:,.1f}, {max(lane.seconds) * 1e3:,.1f}",
         f"{utilisation(lane, workload, result):.1%}",
-        f"{lane.memory / 2**20:,.0f} MiB",
-        f"{own / 2**20:,.0f} MiB",
-        f"{lane.losses[0]:.5f}",
+        f"{lane.memory / 2**20:,.0f}",
+        f"{(lane.memory - lane.imports) / 2**20:,.0f}",
         "" if lane is ours else f"{speed_ratio(ours, lane):.2f} x",
     ]
 

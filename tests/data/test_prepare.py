@@ -259,7 +259,7 @@ def at_work(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
-def test_ctrl_c_and_termination_leave_nothing(at_work: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing(at_work: subprocess.Popen[str], tmp_path: Path) -> None:
     # To the whole process group, as a terminal does.
     os.killpg(at_work.pid, signal.SIGINT)
     _, errors = at_work.communicate(timeout=20)

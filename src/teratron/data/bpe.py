@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from teratron.config import UserError
-from teratron.data.tok_huggingface import byte_level
+from teratron.data.tok_huggingface import HuggingFaceTokenizer, byte_level
 from teratron.data.tokenizer import END_OF_TEXT, Tokenizer
 
 SMALLEST = 257
@@ -20,8 +20,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     distinct words, not with the length of the texts. Raises `UserError` for a size below 257 or when there is no text.
     """
     from tokenizers import models, pre_tokenizers, trainers
-
-    from teratron.data.tok_huggingface import HuggingFaceTokenizer
 
     if vocab_size < SMALLEST:
         raise UserError(f"vocab size = {vocab_size}: expected at least {SMALLEST}, the 256 bytes and {END_OF_TEXT}")

@@ -42,19 +42,7 @@ def open_data(config: Config, run: Path, phases: Sequence[int], say: Say) -> Tra
     data = config.data
     if not data.text and not data.train:
         raise UserError("no data: give raw text (--data.text FILE_OR_FOLDER) or prepared data sets (--data.train PREFIX)")
-    try:
-        _discard_leftovers(config, run)
-        kept = _kept_tokenizer(config, run)
-        if data.text:
-            tokenizer: Tokenizer | None = kept or _text_tokenizer(config, run, say)
-            sources = [Source(_prepared_text(config, run, tokenizer, say), None)]
-        else:
-            sources = open_sources(data.train)
-            tokenizer = _set_tokenizer(config, run, sources, kept)
-    except OSError as error:
-        raise UserError(
-            f"{run}: the data cannot be prepared here: {error.strerror or error}; free space or choose another folder"
-        ) from None
+    sources, tokenizer = _open_sources(config, run, say)
     vocab_size = _vocab_size(config, tokenizer)
     held_out = open_sources(data.valid) if data.valid else sources
     if data.valid:
@@ -65,6 +53,22 @@ def open_data(config: Config, run: Path, phases: Sequence[int], say: Say) -> Tra
     train, train_tokens = train_samples(config, sources, "1,0" if data.valid else data.split, phases)
     valid_tokens = valid.target_tokens if valid is not None else 0
     return TrainingData(vocab_size, tokenizer.eod if tokenizer else None, train, valid, train_tokens, valid_tokens)
+
+
+def _open_sources(config: Config, run: Path, say: Say) -> tuple[list[Source], Tokenizer | None]:
+    """The data sets to learn from, prepared when they are raw text, and the run's tokenizer if there is one."""
+    try:
+        _discard_leftovers(config, run)
+        kept = _kept_tokenizer(config, run)
+        if config.data.text:
+            tokenizer = kept or _text_tokenizer(config, run, say)
+            return [Source(_prepared_text(config, run, tokenizer, say), None)], tokenizer
+        sources = open_sources(config.data.train)
+        return sources, _set_tokenizer(config, run, sources, kept)
+    except OSError as error:
+        raise UserError(
+            f"{run}: the data cannot be prepared here: {error.strerror or error}; free space or choose another folder"
+        ) from None
 
 
 def _is_run(run: Path) -> bool:
@@ -128,7 +132,7 @@ def _text_tokenizer(config: Config, run: Path, say: Say) -> Tokenizer:
         tokenizer = _trained(lambda texts: train_bpe(texts, vocab_size), config)
     else:
         raise UserError(f"data.tokenizer = {spec!r}: expected chars or bpe:SIZE, such as bpe:8192")
-    _save_tokenizer(tokenizer, run / "tokenizer")
+    save_tokenizer(tokenizer, run / "tokenizer")
     return tokenizer
 
 
@@ -169,7 +173,8 @@ def _prepared_text(config: Config, run: Path, tokenizer: Tokenizer, say: Say) ->
     return IndexedDataset(prefix)
 
 
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Save a tokenizer as a folder that appears whole or not at all."""
     partial = folder.with_name(".tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -186,7 +191,7 @@ def _set_tokenizer(config: Config, run: Path, sources: list[Source], kept: Token
     tokenizer = kept or (load_tokenizer(spec or beside) if spec or beside.is_dir() else None)
     _check_fingerprints(sources, tokenizer)
     if kept is None and tokenizer is not None:
-        _save_tokenizer(tokenizer, run / "tokenizer")
+        save_tokenizer(tokenizer, run / "tokenizer")
     return tokenizer
 
 

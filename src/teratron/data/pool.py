@@ -13,6 +13,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -66,7 +67,9 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, function), daemon=True)
-        # The process inherits that Ctrl-C is not for it: this one hears it, and ends the others.
+        # The process inherits that Ctrl-C is not for it: this one hears it, and ends the others. Python's own helper process
+        # is started first, because starting it lets Ctrl-C through again.
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()
@@ -112,7 +115,10 @@ def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
         except Exception as error:
             error.add_note(traceback.format_exc())
             answer = False, error
-        pipe.send(answer)
+        try:
+            pipe.send(answer)
+        except OSError:
+            os._exit(1)  # nobody is there to read it
 
 
 def _take(pipe: Connection, items: queue.SimpleQueue[Any]) -> None:

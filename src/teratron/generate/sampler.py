@@ -15,7 +15,7 @@ ROUNDING = 1e-6
 """Relative error of a sum of probabilities whose logits are float32: masses nearer than this to top_p have reached it."""
 
 LIKELIEST = 1024
-"""Tokens that nearly always hold the share top_p: sorting only them gives the same set, ten times as fast."""
+"""Tokens that nearly always hold the share top_p: sorting only them gives the same set, about four times as fast for 50,000 ids."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import json
 import math
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from teratron.config import Config, UserError
 from teratron.data.bpe import train_bpe
 from teratron.data.indexed import IndexedDataset
+from teratron.data.open import save_tokenizer
 from teratron.data.prepare import prepare
 from teratron.data.tokenizer import Tokenizer, load_tokenizer
 from teratron.generate import generate
@@ -46,26 +47,25 @@ def demo(folder: Path, minutes: float = 3.0, device: str = "auto", say: Say = pr
     started = time.perf_counter()
     train_files, valid_files = split_files(library_files())
     say(f"[1/6] corpus: {len(train_files):,} files of Python's standard library, and {len(valid_files):,} held out")
-    tokenizer = _tokenizer(folder / "tokenizer.json", train_files, say)
+    tokenizer = _tokenizer(folder / "data" / "tokenizer", train_files, say)
     prefixes = [_dataset(folder / "data" / name, files, tokenizer, say) for name, files in (("train", train_files), ("valid", valid_files))]
-    config = _config(folder / "run", prefixes, minutes, device, say)
+    config = _config(folder, prefixes, minutes, device, say)
     say(f"[5/6] pretraining {config.train.steps:,} steps (Ctrl-C saves; `teratron demo` then goes on)")
-    trainer = Trainer(config, folder / "run", device=device)
+    trainer = Trainer(config, folder, device=device)
     result = trainer.train()
     if result.interrupted:
         say(f"stopped at step {result.step:,}; run the same command again to go on")
         return result
     valid_loss = result.valid_loss if math.isfinite(result.valid_loss) else trainer.evaluate()
-    _finish(folder / "run", prefixes, tokenizer, valid_loss, say)
+    _finish(folder, prefixes, tokenizer, valid_loss, say)
     say(f"\ndone in {duration(time.perf_counter() - started)}. Try next:")
     for command in next_commands(folder):
         say(f"  {command}")
     return result
 
 
-def next_commands(folder: Path) -> list[str]:
+def next_commands(run: Path) -> list[str]:
     """The three commands to try after the demo."""
-    run = folder / "run"
     return [
         f"teratron generate {run} 'def main(' --temperature 0.7",
         "teratron train shakespeare-char --data.text YOUR_TEXT.txt --run runs/mine",
@@ -96,17 +96,12 @@ def split_files(files: list[Path]) -> tuple[list[Path], list[Path]]:
     return [p for p in files if p not in set(held_out)], held_out
 
 
-def _tokenizer(path: Path, files: list[Path], say: Say) -> Tokenizer:
-    if not path.is_file():
+def _tokenizer(folder: Path, files: list[Path], say: Say) -> Tokenizer:
+    if not folder.is_dir():
         begun = time.perf_counter()
-
-        def texts() -> Iterator[str]:
-            return (file.read_text("utf-8") for file in files)
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        train_bpe(texts(), VOCAB_SIZE).save(path.parent)
+        save_tokenizer(train_bpe((file.read_text("utf-8") for file in files), VOCAB_SIZE), folder)
         say(f"[2/6] tokenizer: byte-level BPE of {VOCAB_SIZE:,} tokens, trained in {duration(time.perf_counter() - begun)}")
-    return load_tokenizer(path)
+    return load_tokenizer(folder)
 
 
 def _dataset(prefix: Path, files: list[Path], tokenizer: Tokenizer, say: Say) -> Path:
