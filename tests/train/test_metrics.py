@@ -57,7 +57,7 @@ def test_the_documented_keys_are_there(tmp_path: Path) -> None:
     for event in events(tmp_path / "run", "eval"):
         assert event.keys() == {"event", "step", "loss", "perplexity", "time"}
         assert event["perplexity"] == math.exp(event["loss"])
-    assert (tmp_path / "run" / "report.html").read_text("utf-8").startswith("<!doctype html>")
+    assert (tmp_path / "run" / "report.html").read_text("utf-8").startswith("<!DOCTYPE html>")
 
 
 def test_tensorboard_reads_what_metrics_tell(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_elsewhere_a_line_stays_for_the_first_every_tenth_and_the_last_step() ->
     lines = stream.getvalue().splitlines()
     assert [line.split("/")[0].split()[-1] for line in lines] == ["1", "10", "20", "25"]
     assert "\r" not in stream.getvalue()
-    for part in ("loss 2.5000", "lr 1.00e-03", "norm 1.00", "tokens/s", "MFU 31%", "left 48 s"):
+    for part in ("loss 2.5000", "1,234 tokens/s", "MFU 31%", "left 48 s", "lr 1.00e-03", "norm 1.00"):
         assert part in lines[0]
 
 
@@ -133,15 +133,20 @@ def test_a_shorter_line_leaves_nothing_of_the_longer_one() -> None:
     console = Console(9, 10, stream)
     console.step(step(1, loss=1e9))
     console.step(step(2))
-    assert stream.screen()[-1].endswith("14 s")
+    assert stream.screen()[-1].endswith("left 14 s  lr 1.00e-03")
 
 
 @pytest.mark.usefixtures("every_draw")
-def test_a_narrow_terminal_gets_a_line_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "40")
+@pytest.mark.parametrize(
+    ("columns", "end"), [("200", "norm 1.00"), ("80", "lr 1.00e-03"), ("60", "left 16 s"), ("30", "loss 2.5000"), ("9", "step 1/9")]
+)
+def test_a_narrow_terminal_gets_what_fits(monkeypatch: pytest.MonkeyPatch, columns: str, end: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
     stream = Terminal()
     Console(9, 10, stream).step(step(1))
-    assert len(stream.getvalue().removeprefix("\r")) == 39
+    text = stream.getvalue().removeprefix("\r")
+    assert len(text) < int(columns)
+    assert text.endswith(end)
 
 
 def test_a_terminal_is_not_redrawn_more_than_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +166,7 @@ def test_the_time_left_forgets_the_first_step() -> None:
     console.step(step(1, seconds=60.0))
     for number in range(2, 12):
         console.step(step(number, seconds=1.0))
-    assert stream.getvalue().splitlines()[-1].endswith("left 1:30")
+    assert "  left 1:30  " in stream.getvalue().splitlines()[-1]
 
 
 def test_without_a_stream_there_is_silence() -> None:
@@ -179,6 +184,10 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 def test_a_run_that_went_on_counts_its_later_lines(tmp_path: Path) -> None:
-    lines = [{"event": "step", "step": 1, "loss": 3.0}, {"event": "step", "step": 2, "loss": 9.0}, {"event": "step", "step": 2, "loss": 2.0}]
+    lines = [
+        {"event": "step", "step": 1, "loss": 3.0},
+        {"event": "step", "step": 2, "loss": 9.0},
+        {"event": "step", "step": 2, "loss": 2.0},
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert losses(tmp_path) == {1: 3.0, 2: 2.0}

@@ -155,7 +155,7 @@ def _trained(train: Callable[[Iterable[str]], Tokenizer], config: Config) -> Tok
         return train(texts())
     except UserError as error:
         if taken or not rejected:
-            raise UserError(f"data.text = {' '.join(config.data.text)}: {error}") from None
+            raise UserError(f"data.text = {' '.join(config.data.text)}, data.tokenizer = '{config.data.tokenizer}': {error}") from None
         raise UserError(f"data.text: no text to learn from: {rejected[0]}") from None
 
 

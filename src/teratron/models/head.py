@@ -14,6 +14,8 @@ from teratron.models.leaves import LeafPart
 
 CHUNK_LOGITS = 2**22
 """Logits of one chunk (rows times vocabulary): 16 MiB in float32."""
+CHUNK_ROWS = 256
+"""Least rows of a chunk: with fewer the products, and the passes over the weight's gradient, grow slow."""
 
 
 class LanguageHead(nn.Module):
@@ -55,30 +57,33 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, weights_T: Tensor, vocab: int) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        accurate = torch.float32 if hidden_TH.dtype.itemsize == 2 else hidden_TH.dtype
+        half = hidden_TH.dtype.itemsize == 2
+        accurate = torch.float32 if half else hidden_TH.dtype
         total = torch.zeros((), dtype=accurate, device=hidden_TH.device)
         grad_hidden = torch.empty_like(hidden_TH) if needs_gradient else None
-        grad_weight = torch.zeros_like(weight_VH, dtype=accurate) if needs_gradient else None
-        rows = max(CHUNK_LOGITS // weight_VH.shape[0], 16)
+        grad_weight: Tensor | None = None
+        rows = min(max(CHUNK_LOGITS // weight_VH.shape[0], CHUNK_ROWS), hidden_TH.shape[0])
+        products = hidden_TH.new_empty(rows, weight_VH.shape[0])  # one buffer for all chunks: fresh ones cost page faults
+        accurates = products.to(accurate)
         for start in range(0, hidden_TH.shape[0], rows):
             part = slice(start, start + rows)
             hidden, targets, weights = hidden_TH[part], targets_T[part, None], weights_T[part].to(accurate)
-            logits = (hidden @ weight_VH.t()).to(accurate)
+            product, logits = products[: len(hidden)], accurates[: len(hidden)]
+            torch.mm(hidden, weight_VH.t(), out=product)
+            if half:
+                logits.copy_(product)
             logits[:, vocab:] = -math.inf
             peak = logits.amax(-1, keepdim=True)
             target_logits = logits.gather(-1, targets) - peak
             exps = logits.sub_(peak).exp_()
             sums = exps.sum(-1, keepdim=True)
             total += ((sums.log() - target_logits).squeeze(-1) * weights).sum()
-            if grad_hidden is not None and grad_weight is not None:
+            if grad_hidden is not None:
                 slopes = exps.mul_(weights[:, None] / sums)
                 slopes.scatter_add_(-1, targets, -weights[:, None])
-                slopes = slopes.to(hidden.dtype)
+                slopes = product.copy_(slopes) if half else slopes
                 torch.mm(slopes, weight_VH, out=grad_hidden[part])
-                if accurate == hidden.dtype:
-                    grad_weight.addmm_(slopes.t(), hidden)
-                else:
-                    grad_weight += slopes.t() @ hidden
+                grad_weight = _add_product(grad_weight, slopes.t(), hidden, accurate)
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VH.dtype))
         return total
@@ -88,3 +93,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = upstream[0].to(grad_hidden.dtype)
         return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, accurate: torch.dtype) -> Tensor:
+    """total + a b, in place where there is a total; sums of half types are kept in `accurate`."""
+    if total is None:
+        return a @ b
+    if accurate == a.dtype:
+        return total.addmm_(a, b)
+    return total.to(accurate).add_(a @ b)

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 
 
+SLICE = 2**20
+"""Elements added at once where types differ: PyTorch converts the whole operand first, which then stays in the cache."""
+
+
 class Bucket:
     """Parameters that share dtype and decay, in one buffer.
 
@@ -42,7 +46,8 @@ class Bucket:
     def collect(self) -> None:
         """After each backward pass of half types: move its gradient into the float32 sum."""
         if self.gradient is not self.backward:
-            self.gradient += self.backward
+            for total, part in zip(self.gradient.split(SLICE), self.backward.split(SLICE), strict=True):
+                total += part
             self.backward.zero_()
 
     def publish(self) -> None:

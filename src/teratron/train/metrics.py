@@ -76,7 +76,7 @@ class Console:
         self.total, self.every = total, every
         self._stream = stream
         self._live = stream is not None and stream.isatty()
-        self._drawn = 0.0
+        self._drawn = -math.inf
         self._width = 0
         self._steps, self._mean_seconds = 0, 0.0
 
@@ -90,8 +90,12 @@ class Console:
             return
         self._drawn = time.monotonic()
         self._draw(
-            f"step {step:>{len(str(self.total))}}/{self.total}  loss {event['loss']:.4f}  lr {event['lr']:.2e}  "
-            f"norm {event['grad_norm']:.2f}  {event['tokens_per_second']:,.0f} tokens/s  MFU {event['mfu']:.0%}  left {duration(left)}"
+            f"step {step:>{len(str(self.total))}}/{self.total}  loss {event['loss']:.4f}",
+            f"{event['tokens_per_second']:,.0f} tokens/s",
+            f"MFU {event['mfu']:.0%}",
+            f"left {duration(left)}",
+            f"lr {event['lr']:.2e}",
+            f"norm {event['grad_norm']:.2f}",
         )
 
     def _mean(self, seconds: float) -> float:
@@ -112,11 +116,15 @@ class Console:
             self._write("\n")
             self._width = 0
 
-    def _draw(self, text: str) -> None:
+    def _draw(self, *parts: str) -> None:
+        """Write the line; on a terminal without the last parts, as far as it is narrow: a line that wraps cannot be redrawn."""
         if not self._live:
-            self._write(f"{text}\n")
+            self._write("  ".join(parts) + "\n")
             return
-        text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps could not be redrawn
+        width = shutil.get_terminal_size().columns - 1
+        while len(parts) > 1 and len("  ".join(parts)) > width:
+            parts = parts[:-1]
+        text = "  ".join(parts)[:width]
         self._write("\r" + text.ljust(self._width))
         self._width = len(text)
 
@@ -128,8 +136,8 @@ class Console:
 
 def duration(seconds: float) -> str:
     """Such as 42 s, 3:07 or 2:15:00."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -26,7 +26,7 @@ from teratron.data.samples import Samples
 from teratron.models import build_model, flops_per_token, initialise, parameter_count
 from teratron.objectives import Batch, build_objective
 from teratron.optim import AdamW, learning_rate
-from teratron.train.device import DTYPES, check_memory, choose_device, compile_blocks, describe, measure_peak
+from teratron.train.device import DTYPES, check_memory, choose_device, compile_blocks, describe, keep_freed_memory, measure_peak
 from teratron.train.evaluate import evaluate
 from teratron.train.interrupt import Interrupt
 from teratron.train.metrics import Console, Metrics, duration
@@ -67,6 +67,7 @@ class Trainer:
             config = continue_config(self.run, config)
             self.console = Console(config.train.steps, config.log.every, sys.stdout if echo else None)
             self.device = choose_device(device, config.train.deterministic)
+            keep_freed_memory()
             self._open(config)
             self._check()
             write_config(self.run, self.config)
@@ -201,7 +202,8 @@ class Trainer:
         rows = samples.rows(index)
         if rows.max() >= self.data.vocab_size:
             raise UserError(
-                f"the data holds token {rows.max()}, model.vocab_size is {self.data.vocab_size}: they belong to different tokenizers"
+                f"the data holds token {rows.max()}, model.vocab_size is {self.data.vocab_size}: "
+                "set it to the size of the tokenizer that prepared the data, or prepare the data again"
             )
         data = self.config.data
         batch = make_batch(
