@@ -85,7 +85,7 @@ def test_fused_attention_equals_its_plain_twin(groups: int, isolated: bool) -> N
     shapes = [(2, heads, LENGTH, 8) for heads in (4, groups, groups)]
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
     mask = document_mask((torch.arange(LENGTH) // 6).expand(2, LENGTH)) if isolated else None
-    core = AttentionCore(0.0, "core")
+    core = AttentionCore(0.0, "core", 4, LENGTH)
     fused, plain = core(*inputs, mask, None), core.plain(*inputs, mask, None)
     assert_near(fused, plain)
     upstream = torch.randn(fused.shape, generator=generator, dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_fused_attention_equals_its_plain_twin(groups: int, isolated: bool) -> N
 def test_attention_dropout_keeps_the_expectation_and_only_works_with_keys() -> None:
     generator, samples = torch.Generator().manual_seed(0), 4000
     q, k, v = (torch.randn((1, heads, 6, 4), generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
-    core = AttentionCore(0.3, "core")
+    core = AttentionCore(0.3, "core", 4, LENGTH)
     positions = torch.arange(6).expand(samples, 6)
     keys = mask_keys(1, 1, torch.arange(samples), positions, torch.zeros_like(positions))
     dropped = core(q.expand(samples, -1, -1, -1), k.expand(samples, -1, -1, -1), v.expand(samples, -1, -1, -1), None, keys)

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from teratron.train import Trainer
 
     trainer = Trainer(config, args.run, device=args.device, fork_to=args.fork)
-    trainer.console.say(trainer.config.to_toml())
+    trainer.console.say(trainer.config.describe())
     result = trainer.train()
     folder = shlex.quote(str(trainer.run))
     if result.interrupted:

@@ -42,8 +42,15 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        if self.optim.schedule != "constant" and self.optim.warmup_steps > self.train.steps:
-            raise UserError(f"optim.warmup_steps = {self.optim.warmup_steps} exceeds train.steps = {self.train.steps}: lower the first")
+        optim, steps = self.optim, self.train.steps
+        if optim.schedule != "constant" and optim.warmup_steps > steps:
+            raise UserError(f"optim.warmup_steps = {optim.warmup_steps} exceeds train.steps = {steps}: lower the first")
+        if optim.schedule in ("cosine", "linear") and 0 < optim.decay_steps < optim.warmup_steps:
+            raise UserError(f"optim.decay_steps = {optim.decay_steps} ends before optim.warmup_steps = {optim.warmup_steps}: raise the first")
+        if optim.schedule == "wsd" and optim.decay_steps > steps - optim.warmup_steps:
+            raise UserError(
+                f"optim.decay_steps = {optim.decay_steps} and optim.warmup_steps = {optim.warmup_steps} overlap in {steps} train.steps: lower one"
+            )
 
     @staticmethod
     def preset(name: str) -> Config:
@@ -89,6 +96,14 @@ class Config:
             part = getattr(self, section.name)
             for leaf in dataclasses.fields(part):
                 yield f"{section.name}.{leaf.name}", getattr(part, leaf.name)
+
+    def describe(self) -> str:
+        """The whole config in one line a section, for a screen."""
+        sections: dict[str, list[str]] = {}
+        for name, value in self.items():
+            section, leaf = name.split(".")
+            sections.setdefault(section, []).append(f"{leaf}={_toml_value(value)}")
+        return "\n".join(f"{section:<10}  {' '.join(leaves)}" for section, leaves in sections.items())
 
     def to_toml(self) -> str:
         """The whole config as TOML text, which `Config.load` reads back to an equal object."""

@@ -48,7 +48,7 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.tokens = Embedding(config.vocab_size, config.hidden, config.init_std, config.vocab_multiple)
         self.positions = Embedding(config.positions, config.hidden, config.init_std) if config.position == "learned" else None
-        self.dropout = Dropout(config.dropout, "embedding.dropout")
+        self.dropout = Dropout(config.dropout, "embedding.dropout", config.hidden)
 
     def forward(self, state: State, shared: Shared) -> State:
         hidden_BSH = self.tokens(state["tokens"])
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden, {"q": queries, "k": pairs, "v": pairs}, config.bias, config.init_std)
         self.q_norm = Norm(config.head_features, "rmsnorm", False, config.norm_eps) if config.qk_norm else None
         self.k_norm = Norm(config.head_features, "rmsnorm", False, config.norm_eps) if config.qk_norm else None
-        self.core = AttentionCore(config.attention_dropout, f"blocks.{layer}.attention.core")
+        self.core = AttentionCore(config.attention_dropout, f"blocks.{layer}.attention.core", config.heads, config.positions)
         self.output = Linear(queries, config.hidden, config.bias, config.init_std / math.sqrt(2 * config.layers))
 
     def forward(self, x_BSH: Tensor, shared: Shared) -> Tensor:
@@ -104,10 +104,10 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = Norm(config.hidden, config.norm, config.bias, config.norm_eps)
         self.attention = Attention(config, layer)
-        self.attention_dropout = Dropout(config.dropout, f"blocks.{layer}.attention.dropout")
+        self.attention_dropout = Dropout(config.dropout, f"blocks.{layer}.attention.dropout", config.hidden)
         self.ffn_norm = Norm(config.hidden, config.norm, config.bias, config.norm_eps)
         self.ffn = FeedForward(config)
-        self.ffn_dropout = Dropout(config.dropout, f"blocks.{layer}.ffn.dropout")
+        self.ffn_dropout = Dropout(config.dropout, f"blocks.{layer}.ffn.dropout", config.hidden)
 
     def forward(self, state: State, shared: Shared) -> State:
         hidden = state["hidden"]

@@ -93,28 +93,33 @@ class Norm(nn.Module):
 class Dropout(nn.Module):
     """Dropout whose mask is a function of the token's key and the feature (contract C4); off without keys."""
 
-    def __init__(self, probability: float, site: str) -> None:
+    def __init__(self, probability: float, site: str, width: int) -> None:
         super().__init__()
-        self.probability, self.site = probability, site
+        self.probability = probability
+        self.features: Tensor | None
+        self.register_buffer("features", feature_keys(site, width) if probability else None, persistent=False)
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         """x [B, S, H], keys int32 [B, S] or None."""
-        if keys is None or self.probability == 0:
+        if keys is None or self.features is None:
             return x
-        keep = keep_mask(keys, feature_keys(self.site, x.shape[-1], x.device), self.probability)
+        keep = keep_mask(keys, self.features, self.probability)
         return x * (keep.to(x.dtype) * (1 / (1 - self.probability)))
 
 
 class AttentionCore(nn.Module):
     """softmax(q k^T / sqrt(d)) v with grouped key/value heads; the fused kernel unless attention weights are dropped."""
 
-    def __init__(self, dropout: float, site: str) -> None:
+    def __init__(self, dropout: float, site: str, heads: int, positions: int) -> None:
         super().__init__()
-        self.dropout, self.site = dropout, site
+        self.dropout = dropout
+        self.features: Tensor | None
+        features = feature_keys(site, heads * positions).view(heads, positions) if dropout else None
+        self.register_buffer("features", features, persistent=False)
 
     def forward(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | None, keys: Tensor | None) -> Tensor:
         """mask: bool [B or 1, 1, S, T] of what may be seen, or None for causal; keys: dropout keys of the queries or None."""
-        if self.dropout and keys is not None:
+        if self.features is not None and keys is not None:
             return self.plain(q_BNSD, k_BKTD, v_BKTD, mask, keys)
         grouped = q_BNSD.shape[1] != k_BKTD.shape[1]
         return F.scaled_dot_product_attention(q_BNSD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
@@ -129,8 +134,7 @@ class AttentionCore(nn.Module):
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         accurate = torch.float32 if scores.dtype.itemsize == 2 else scores.dtype
         weights = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=accurate).to(scores.dtype)
-        if keys is not None:
-            features = feature_keys(self.site, heads * k.shape[2], q_BNSD.device)
-            keep = keep_mask(keys, features, self.dropout).unflatten(-1, (heads, k.shape[2])).transpose(1, 2)
+        if keys is not None and self.features is not None:
+            keep = keep_mask(keys[:, None], self.features[:, None, : k.shape[2]], self.dropout)
             weights = weights * (keep.to(weights.dtype) * (1 / (1 - self.dropout)))
         return weights @ v

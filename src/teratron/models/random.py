@@ -46,7 +46,8 @@ def mask_keys(seed: int, step: int, sample: Tensor, positions: Tensor, segments:
 def keep_mask(keys: Tensor, features: Tensor, probability: float) -> Tensor:
     """True where an element survives dropout: a hash of its token key and its feature key is above the threshold.
 
-    Args: keys int32 [...], features int32 [F] (from `feature_keys`), probability of dropping. Returns bool [..., F].
+    Args: keys int32 [...], features int32 (from `feature_keys`) that broadcast against keys[..., None], probability of
+    dropping. Returns bool [..., F].
     """
     # Two multiplications and one xor-shift: the top bits, which the comparison reads, then depend on all 32 bits of both keys.
     bits = keys.unsqueeze(-1) ^ features
@@ -56,10 +57,10 @@ def keep_mask(keys: Tensor, features: Tensor, probability: float) -> Tensor:
     return bits >= int(probability * 2**32) - 2**31
 
 
-def feature_keys(site: str, count: int, device: torch.device) -> Tensor:
+def feature_keys(site: str, count: int) -> Tensor:
     """One 32-bit key for each feature of a dropout site, int32 [count]."""
     base = seed_of("site", site) & 0x7FFFFFFFFFFF
-    return _to_int32(_mix64(torch.arange(count, device=device) * 0x9E3779B97F + base))
+    return _to_int32(_mix64(torch.arange(count) * 0x9E3779B97F + base))
 
 
 def _mix64(x: Tensor) -> Tensor:
