@@ -57,7 +57,6 @@ class Teratron:
         first = self.steps * self.batch
         self.steps += 1
         batch = make_batch(rows, np.arange(first, first + self.batch), eod=None, isolate_documents=False, mask_end_of_document=False)
-        del batch["segments"]  # as the Trainer does, so that attention takes the plain causal path
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         return train_step(self.model, self.objective, self.optimizer, batch, step=self.steps, seed=SEED, micro_batch=0, lr=OPTIM.lr)[0]
 

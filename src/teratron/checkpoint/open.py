@@ -41,7 +41,7 @@ def open_model(source: str | Path, device: str = "cpu", dtype: torch.dtype | Non
     checkpoint = _checkpoint(folder)
     run = checkpoint.config()
     native = torch.float64 if run.train.precision == "fp64" else torch.float32
-    model = _fill(run.model, checkpoint.load("weight"), device, dtype or native)
+    model = _fill(run.model, checkpoint.load("weight/"), device, dtype or native)
     return LoadedModel(model, run.model, _tokenizer(checkpoint.folder / "tokenizer"), f"{folder} (step {checkpoint.step:,})")
 
 

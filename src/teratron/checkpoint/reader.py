@@ -35,8 +35,8 @@ class Checkpoint:
         """The config that made it."""
         return Config().override(flatten(self.manifest["config"], f"{self.folder}/manifest.json"))
 
-    def load(self, kind: str) -> dict[str, Tensor]:
-        """All tensors of a kind (`weight`, `moment1`, ...) by part name, memory-mapped.
+    def load(self, prefix: str = "") -> dict[str, Tensor]:
+        """All tensors whose name begins with a prefix, such as `weight/`, by the rest of their name, memory-mapped.
 
         Raises `UserError` when a file is missing or does not hold what the manifest says.
         """
@@ -47,7 +47,7 @@ class Checkpoint:
         try:
             with ExitStack() as stack:
                 for name, entry in self.manifest["tensors"].items():
-                    if not name.startswith(f"{kind}/"):
+                    if not name.startswith(prefix):
                         continue
                     (piece,) = entry["pieces"]
                     if piece["file"] not in files:
@@ -56,7 +56,7 @@ class Checkpoint:
                     found, promised = [str(tensor.dtype), list(tensor.shape)], [f"torch.{entry['dtype']}", entry["shape"]]
                     if found != promised:
                         raise ValueError(f"{name} is {found}, the manifest says {promised}")
-                    tensors[name.partition("/")[2]] = tensor
+                    tensors[name.removeprefix(prefix)] = tensor
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{self.folder}: damaged checkpoint: {error}; {USE_EARLIER}") from None
         return tensors

@@ -73,10 +73,8 @@ def load_training(checkpoint: Checkpoint, optimizer: AdamW) -> None:
 
     Raises `UserError` naming the part when the checkpoint belongs to another model; the optimizer is then of no use.
     """
-    for bucket, moments in zip(optimizer.buckets, optimizer.moments, strict=True):
-        for flat in (bucket.master, *moments):
-            flat.zero_()
-    stored = {f"{kind}/{name}": tensor for kind in ("weight", "moment1", "moment2") for name, tensor in checkpoint.load(kind).items()}
+    optimizer.zero()
+    stored = checkpoint.load()
     for name, view in state_tensors(optimizer):
         tensor = stored.pop(name, None)
         if tensor is None or tensor.shape != view.shape:

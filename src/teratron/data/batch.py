@@ -26,19 +26,16 @@ def make_batch(
     weights = targets >= 0
     if mask_end_of_document:
         weights &= ~ends
-    positions, segments = _document_places(ends) if isolate_documents else _sample_places(inputs.shape)
-    return {
+    batch = {
         "tokens": torch.from_numpy(np.maximum(inputs, 0)),
         "targets": torch.from_numpy(np.maximum(targets, 0)),
         "weights": torch.from_numpy(weights.astype(np.float32)),
-        "positions": torch.from_numpy(positions),
-        "segments": torch.from_numpy(segments),
+        "positions": torch.arange(inputs.shape[1]).expand(inputs.shape),
         "sample": torch.from_numpy(np.array(sample, np.int64)),
     }
-
-
-def _sample_places(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    return np.tile(np.arange(shape[1]), (shape[0], 1)), np.zeros(shape, np.int64)
+    if isolate_documents:
+        batch["positions"], batch["segments"] = map(torch.from_numpy, _document_places(ends))
+    return batch
 
 
 def _document_places(ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import numpy as np
 from teratron.config import Config, UserError
 from teratron.data.blend import megatron_requests, normalized, parse_blend
 from teratron.data.indexed import IndexedDataset
-from teratron.data.order import split_documents
+from teratron.data.order import parse_split, split_documents
 from teratron.data.samples import BlendedSamples, MegatronSamples, NativeSamples, PhasedSamples, Samples, Windows
 
 
@@ -28,43 +27,16 @@ def open_sources(items: Sequence[str]) -> list[Source]:
     return [Source(IndexedDataset(prefix), weight) for weight, prefix in parse_blend(items)]
 
 
-class EvaluationWindows:
-    """The windows of several token ranges one after another: every token of each range is a target once."""
-
-    def __init__(self, parts: Sequence[Windows]) -> None:
-        self.parts = parts
-        self.seq_length = parts[0].seq_length
-        self.target_tokens = sum(part.target_tokens for part in parts)
-        self._ends = np.cumsum([part.count for part in parts])
-        self.count = int(self._ends[-1])
-
-    def rows(self, index: np.ndarray) -> np.ndarray:
-        """Token ids int64 [n, seq_length + 1], -1 for padding."""
-        part = np.searchsorted(self._ends, index, "right")
-        begins = np.concatenate(([0], self._ends))
-        return np.concatenate([self.parts[p].rows(np.array([i - begins[p]])) for p, i in zip(part, index, strict=True)])
-
-
 def token_ranges(dataset: IndexedDataset, order: str, split: str) -> list[range | None]:
     """The token ranges of training and validation: native order cuts the token stream, megatron order the documents."""
     if order == "megatron":
         bounds = np.append(dataset.starts, dataset.total_tokens)
         parts = split_documents(split, len(dataset.lengths))
         return [range(int(bounds[part.start]), int(bounds[part.stop])) if part else None for part in parts[:2]]
-    total, shares = dataset.total_tokens, _shares(split)
+    total, shares = dataset.total_tokens, parse_split(split)
     # Rounded down, as nanoGPT cuts its data, so that its recipes see the same tokens.
     first, second = (int(total * (sum(shares[:count]) / sum(shares))) for count in (1, 2))
     return [range(0, first) if first else None, range(first, second) if first < second else None]
-
-
-def _shares(split: str) -> list[float]:
-    try:
-        shares = [float(share) for share in re.findall(r"[.0-9]+", split)]
-    except ValueError:
-        shares = []
-    if not 1 <= len(shares) <= 3 or not sum(shares) > 0:
-        raise UserError(f"data.split = {split!r}: expected the shares of training and validation, such as '99,1'")
-    return shares
 
 
 def train_samples(config: Config, sources: Sequence[Source], split: str, phases: Sequence[int]) -> tuple[Samples, int]:
@@ -92,14 +64,15 @@ def train_samples(config: Config, sources: Sequence[Source], split: str, phases:
     return (orders[0][1] if len(orders) == 1 else PhasedSamples(orders)), tokens
 
 
-def valid_windows(config: Config, sources: Sequence[Source], split: str) -> EvaluationWindows | None:
-    """The held-out windows, or None when the split leaves nothing."""
+def valid_windows(config: Config, sources: Sequence[Source], split: str) -> tuple[PhasedSamples | None, int]:
+    """The held-out windows, or None when the split leaves nothing, and the number of their targets."""
     found = []
     for source in sources:
         part = token_ranges(source.dataset, config.data.order, split)[1]
         if part is not None and len(part) > 1:
             found.append(Windows(source.dataset, part.start, part.stop, config.model.seq_length))
-    return EvaluationWindows(found) if found else None
+    windows = PhasedSamples([(part.count, part) for part in found]) if found else None
+    return windows, sum(part.target_tokens for part in found)
 
 
 def _weights(sources: Sequence[Source]) -> list[float]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from teratron.config import Config, UserError
 from teratron.data.indexed import IndexedDataset
-from teratron.data.layout import EvaluationWindows, Source, open_sources, train_samples, valid_windows
-from teratron.data.samples import Samples
+from teratron.data.layout import Source, open_sources, train_samples, valid_windows
+from teratron.data.samples import PhasedSamples, Samples
 from teratron.data.tokenizer import Tokenizer, load_tokenizer
 
 Say = Callable[[str], None]
@@ -28,7 +28,7 @@ class TrainingData:
     eod: int | None
     """End-of-document id, when the tokenizer is known and has one."""
     train: Samples
-    valid: EvaluationWindows | None
+    valid: PhasedSamples | None
     train_tokens: int
     valid_tokens: int
     """Held-out tokens that are a target."""
@@ -47,11 +47,10 @@ def open_data(config: Config, run: Path, phases: Sequence[int], say: Say) -> Tra
     held_out = open_sources(data.valid) if data.valid else sources
     if data.valid:
         _check_fingerprints(held_out, tokenizer)
-    valid = valid_windows(config, held_out, "0,1" if data.valid else data.split)
+    valid, valid_tokens = valid_windows(config, held_out, "0,1" if data.valid else data.split)
     if data.valid and valid is None:
         raise UserError(f"data.valid = {' '.join(data.valid)}: holds fewer than 2 tokens; give more, or leave it out and use data.split")
     train, train_tokens = train_samples(config, sources, "1,0" if data.valid else data.split, phases)
-    valid_tokens = valid.target_tokens if valid is not None else 0
     return TrainingData(vocab_size, tokenizer.eod if tokenizer else None, train, valid, train_tokens, valid_tokens)
 
 

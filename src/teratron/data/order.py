@@ -84,17 +84,23 @@ def _sample_index(lengths: np.ndarray, count: int, seq_length: int, extra: int) 
     return rows
 
 
-def split_documents(split: str, count: int) -> list[range | None]:
-    """Cut `count` documents into training, validation and test by shares such as "98,2,0", rounding as Megatron-LM does.
-
-    Missing shares are zero; a part without documents is None.
-    """
+def parse_split(split: str) -> list[float]:
+    """The one to three shares, of training, validation and test, that a text such as "98,2,0" gives."""
     try:
         shares = [float(number) for number in re.findall(r"[.0-9]+", split)]
     except ValueError:
         shares = []
     if not 1 <= len(shares) <= 3 or sum(shares) == 0:
         raise UserError(f"data.split = '{split}': expected one to three shares, of training, validation and test, such as '98,2,0'")
+    return shares
+
+
+def split_documents(split: str, count: int) -> list[range | None]:
+    """Cut `count` documents into training, validation and test by shares such as "98,2,0", rounding as Megatron-LM does.
+
+    Missing shares are zero; a part without documents is None.
+    """
+    shares = parse_split(split)
     normal = np.array([*shares, 0.0, 0.0][:3])
     normal = normal / normal.sum()
     bounds = [0.0]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-
-from teratron.config import ModelConfig
 
 
 class KVCache:
@@ -14,21 +11,22 @@ class KVCache:
     A forward pass appends the same columns in each layer, and `advance` moves past them once, after the last layer.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (batch, config.key_value_heads, capacity, config.head_features)
-        self.length = 0
-        """Columns in use."""
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+        """Columns in all, and in use."""
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, k_BKSD: Tensor, v_BKSD: Tensor) -> tuple[Tensor, Tensor]:
         """Write new columns of a layer behind those in use; return views of all its columns, [B, K, T, D]."""
         stop = self.length + k_BKSD.shape[2]
-        if stop > self.keys[layer].shape[2]:
-            raise IndexError(f"cache of {self.keys[layer].shape[2]} columns cannot hold {stop}")
-        self.keys[layer][:, :, self.length : stop] = k_BKSD
-        self.values[layer][:, :, self.length : stop] = v_BKSD
-        return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
+        if stop > self.capacity:
+            raise IndexError(f"cache of {self.capacity} columns cannot hold {stop}")
+        if layer not in self.layers:
+            self.layers[layer] = tuple(x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (k_BKSD, v_BKSD))
+        keys, values = self.layers[layer]
+        keys[:, :, self.length : stop] = k_BKSD
+        values[:, :, self.length : stop] = v_BKSD
+        return keys[:, :, :stop], values[:, :, :stop]
 
     def advance(self, columns: int) -> None:
         """Count the columns that every layer has appended as used."""
@@ -36,6 +34,5 @@ class KVCache:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch only (int64 [B'], ascending), freeing the others' memory layer by layer."""
-        for tensors in (self.keys, self.values):
-            for layer, tensor in enumerate(tensors):
-                tensors[layer] = tensor[rows]
+        for layer, (keys, values) in self.layers.items():
+            self.layers[layer] = keys[rows], values[rows]

@@ -110,7 +110,7 @@ class TokenStream:
         columns = torch.arange(width + max(self.limits), device=parameter.device)
         self._real = columns >= padding
         self._positions = (columns[:width] - padding).clamp(min=0)
-        self._cache = KVCache(self.model.config, len(rows), len(columns), parameter.device, parameter.dtype)
+        self._cache = KVCache(len(columns))
         mask = _prefill_mask(self._real[:, :width]) if min(lengths) < width else None
         return self._forward(tokens, mask)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teratron.models.leaves import LeafPart
+from teratron.models.leaves import Part
 
 CHUNK_LOGITS = 2**22
 """Logits of one chunk (rows times vocabulary): 16 MiB in float32."""
@@ -42,9 +42,9 @@ class LanguageHead(nn.Module):
         weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
         return LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), weights.flatten(), self.vocab)
 
-    def leaf_parts(self) -> Iterator[LeafPart]:
+    def leaf_parts(self) -> Iterator[Part]:
         if self.owns:
-            yield LeafPart(self.name, "weight", 0, (self.vocab, self.weight.shape[1]), self.std)
+            yield Part(self.name, "weight", 0, (self.vocab, self.weight.shape[1]), self.std)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

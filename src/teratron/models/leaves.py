@@ -18,8 +18,8 @@ from teratron.models.random import feature_keys, keep_mask
 
 
 @dataclass(frozen=True)
-class LeafPart:
-    """A named piece of a leaf's parameter: rows [start, start + shape[0]) of dimension 0."""
+class Part:
+    """A named piece of a parameter: rows [start, start + shape[0]) of dimension 0. A leaf names its own; `parts_of` makes the names full."""
 
     name: str
     """Below the leaf's parent (`q.weight`), below the leaf itself (`.weight`), or in full (`/embedding.tokens.weight`)."""
@@ -31,6 +31,10 @@ class LeafPart:
     std: float | None
     """Standard deviation of the initial normal values; None = the constant in `fill`."""
     fill: float = 0.0
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This part's view of a tensor shaped like its parameter."""
+        return tensor[self.start : self.start + self.shape[0]]
 
 
 class Linear(nn.Module):
@@ -46,12 +50,12 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
-    def leaf_parts(self) -> Iterator[LeafPart]:
+    def leaf_parts(self) -> Iterator[Part]:
         start = 0
         for name, width in self.widths.items():
-            yield LeafPart(f"{name}.weight", "weight", start, (width, self.weight.shape[1]), self.std)
+            yield Part(f"{name}.weight", "weight", start, (width, self.weight.shape[1]), self.std)
             if self.bias is not None:
-                yield LeafPart(f"{name}.bias", "bias", start, (width,), None)
+                yield Part(f"{name}.bias", "bias", start, (width,), None)
             start += width
 
 
@@ -66,8 +70,8 @@ class Embedding(nn.Module):
     def forward(self, index: Tensor) -> Tensor:
         return F.embedding(index, self.weight)
 
-    def leaf_parts(self) -> Iterator[LeafPart]:
-        yield LeafPart(".weight", "weight", 0, (self.count, self.weight.shape[1]), self.std)
+    def leaf_parts(self) -> Iterator[Part]:
+        yield Part(".weight", "weight", 0, (self.count, self.weight.shape[1]), self.std)
 
 
 class Norm(nn.Module):
@@ -84,10 +88,10 @@ class Norm(nn.Module):
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
-    def leaf_parts(self) -> Iterator[LeafPart]:
-        yield LeafPart(".weight", "weight", 0, tuple(self.weight.shape), None, fill=1.0)
+    def leaf_parts(self) -> Iterator[Part]:
+        yield Part(".weight", "weight", 0, tuple(self.weight.shape), None, fill=1.0)
         if self.bias is not None:
-            yield LeafPart(".bias", "bias", 0, tuple(self.bias.shape), None)
+            yield Part(".bias", "bias", 0, tuple(self.bias.shape), None)
 
 
 class Dropout(nn.Module):

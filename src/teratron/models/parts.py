@@ -3,50 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from teratron.config import UserError
 from teratron.models.gpt import GPT
-from teratron.models.leaves import LeafPart
+from teratron.models.leaves import Part
 from teratron.models.random import normal_rows
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part: rows [start, start + shape[0]) of a parameter's dimension 0."""
-
-    name: str
-    """Module path with global layer numbers, such as `blocks.3.attention.q.weight`."""
-    parameter: str
-    """Name of the parameter that holds it, as in `model.named_parameters()`."""
-    start: int
-    shape: tuple[int, ...]
-    """Full, unpadded shape."""
-    std: float | None
-    fill: float
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """This part's view of a tensor shaped like its parameter."""
-        return tensor[self.start : self.start + self.shape[0]]
 
 
 def parts_of(model: nn.Module) -> list[Part]:
     """Every part of a model, in module order; a shared parameter appears once, under its owner."""
     found = []
     for path, module in model.named_modules():
-        leaf_parts: Iterable[LeafPart] = module.leaf_parts() if hasattr(module, "leaf_parts") else ()
+        leaf_parts: Iterable[Part] = module.leaf_parts() if hasattr(module, "leaf_parts") else ()
         for part in leaf_parts:
-            name = _full_name(path, part.name)
             parameter = f"{path}.{part.parameter}".removeprefix(".")
-            found.append(Part(name, parameter, part.start, part.shape, part.std, part.fill))
+            found.append(replace(part, name=_full_name(path, part.name), parameter=parameter))
     return found
 
 
 def _full_name(leaf: str, name: str) -> str:
-    """A part's full name from its leaf's path and `LeafPart.name`."""
+    """A part's full name from its leaf's path and `Part.name`."""
     if name.startswith("/"):
         return name[1:]
     full = leaf + name if name.startswith(".") else f"{leaf.rpartition('.')[0]}.{name}"

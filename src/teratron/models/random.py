@@ -33,13 +33,14 @@ def normal_rows(seed: int, name: str, shape: tuple[int, ...], start: int, stop: 
     return rows
 
 
-def mask_keys(seed: int, step: int, sample: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
+def mask_keys(seed: int, step: int, sample: Tensor, positions: Tensor, segments: Tensor | None = None) -> Tensor:
     """One 32-bit key for each token of a batch, from its global coordinates.
 
     Args: sample [B] global sample index; positions, segments [B, S]. Returns int32 [B, S].
     """
     base = seed_of("mask", seed, step) & 0x7FFFFFFFFFFF
-    mixed = _mix64(sample[:, None] + base) + _mix64(positions * 4096 + segments + 1)
+    place = positions if segments is None else positions + (segments << 32)
+    mixed = _mix64(sample[:, None] + base) + _mix64(place + 1)
     return _to_int32(_mix64(mixed))
 
 

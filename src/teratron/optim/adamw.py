@@ -72,6 +72,12 @@ class AdamW:
                 for kind, flat in (("weight", bucket.master), ("moment1", first), ("moment2", second)):
                     yield kind, part, part.of(bucket.view(flat, part.parameter))
 
+    def zero(self) -> None:
+        """Before loading into `tensors()`: what they do not cover, the padding of the vocabulary, is zero."""
+        for bucket, moments in zip(self.buckets, self.moments, strict=True):
+            for flat in (bucket.master, *moments):
+                flat.zero_()
+
     def publish(self) -> None:
         """After loading into `tensors()`: round the masters into the model's weights."""
         for bucket in self.buckets:

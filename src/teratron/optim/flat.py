@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
+ROW = 1024
 SLICE = 2**20
 """Elements added at once where types differ: PyTorch converts the whole operand first, which then stays in the cache."""
 
@@ -68,4 +69,11 @@ def flatten(model: nn.Module) -> list[Bucket]:
 
 def global_norm(buckets: Iterable[Bucket]) -> Tensor:
     """The 2-norm of all gradients together; a scalar tensor."""
-    return torch.stack([torch.linalg.vector_norm(bucket.gradient) for bucket in buckets]).norm()
+    return torch.stack([_norm(bucket.gradient) for bucket in buckets]).norm()
+
+
+def _norm(flat: Tensor) -> Tensor:
+    """Row by row, then the rows in float64: PyTorch's own float32 sum of 10^8 squares is off by 0.5 %, and differs with any cut."""
+    whole = flat.numel() // ROW * ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1).double().norm()
+    return torch.hypot(rows, flat[whole:].double().norm())

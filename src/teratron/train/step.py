@@ -20,14 +20,6 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
         yield {name: tensor[start : start + (size or count)] for name, tensor in batch.items()}
 
 
-def dropout_keys(model: GPT, batch: Batch, seed: int, step: int) -> Tensor | None:
-    """The keys of a batch's dropout masks, or None when nothing is dropped."""
-    if model.config.dropout == 0 and model.config.attention_dropout == 0:
-        return None
-    segments = batch.get("segments", torch.zeros_like(batch["positions"]))
-    return mask_keys(seed, step, batch["sample"], batch["positions"], segments)
-
-
 def train_step(
     model: GPT, objective: Objective, optimizer: AdamW, batch: Batch, *, step: int, seed: int, micro_batch: int, lr: float
 ) -> tuple[float, float]:
@@ -38,7 +30,7 @@ def train_step(
     counts = objective.counts(batch)
     loss = torch.zeros((), dtype=torch.float64, device=batch["tokens"].device)
     for part in micro_batches(batch, micro_batch):
-        state = model(objective.inputs(part), keys=dropout_keys(model, part, seed, step))
+        state = model(objective.inputs(part), keys=mask_keys(seed, step, part["sample"], part["positions"], part.get("segments")))
         partial = total_loss(objective.terms(model, state, part), counts)
         partial.backward()
         optimizer.collect()

@@ -20,7 +20,6 @@ from teratron.checkpoint.format import check_space, checkpoint_bytes
 from teratron.checkpoint.training import state_tensors
 from teratron.config import Config, UserError
 from teratron.data.batch import make_batch
-from teratron.data.layout import EvaluationWindows
 from teratron.data.open import open_data
 from teratron.data.samples import Samples
 from teratron.models import build_model, flops_per_token, initialise, parameter_count
@@ -198,7 +197,7 @@ class Trainer:
         if self.state.step:
             self.console.say(f"continuing {self.run} from step {self.state.step}")
 
-    def _batch(self, samples: Samples | EvaluationWindows, index: np.ndarray) -> Batch:
+    def _batch(self, samples: Samples, index: np.ndarray) -> Batch:
         rows = samples.rows(index)
         if rows.max() >= self.data.vocab_size:
             raise UserError(
@@ -209,8 +208,6 @@ class Trainer:
         batch = make_batch(
             rows, index, eod=self.data.eod, isolate_documents=data.isolate_documents, mask_end_of_document=data.mask_end_of_document
         )
-        if not data.isolate_documents:
-            del batch["segments"]  # without segments attention takes the plain causal path
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _valid_batches(self) -> Iterator[Batch]:
