@@ -58,7 +58,9 @@ class Teratron:
         self.steps += 1
         batch = make_batch(rows, np.arange(first, first + self.batch), eod=None, isolate_documents=False, mask_end_of_document=False)
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        return train_step(self.model, self.objective, self.optimizer, batch, step=self.steps, seed=SEED, micro_batch=0, lr=OPTIM.lr)[0]
+        return train_step(self.model, self.objective, self.optimizer, batch, step=self.steps, seed=SEED, micro_batch=0, lr=OPTIM.lr)[
+            0
+        ].loss()
 
     def step(self) -> None:
         self.learn(self.samples.rows(np.arange(self.steps * self.batch, (self.steps + 1) * self.batch)))

@@ -69,7 +69,7 @@ def state(run: Path) -> dict[str, Tensor]:
     """Weights and moments of a run's newest checkpoint."""
     checkpoint = newest_checkpoint(run, print)
     assert checkpoint is not None
-    return {f"{kind}/{name}": tensor for kind in ("weight", "moment1", "moment2") for name, tensor in checkpoint.load(kind).items()}
+    return checkpoint.load()
 
 
 def assert_same_state(run: Path, other: Path) -> None:

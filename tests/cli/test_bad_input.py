@@ -117,9 +117,9 @@ CASES: dict[str, tuple[Make, list[str]]] = {
     "too short, all of it": (data(data__valid="{set}", model__seq_length=1000), ["400 tokens", "needs 1001"]),
     "positions": (text(model__max_positions=4), ["model.seq_length = 8 exceeds model.max_positions = 4", "lower the first"]),
     "no training share": (text(data__split="0,100"), ["nothing is left for training with data.split = '0,100'"]),
-    "split of words": (text(data__split="most"), ["data.split = 'most'", "'99,1'"]),
-    "split of dots": (text(data__split="1..2,3"), ["data.split = '1..2,3'", "'99,1'"]),
-    "split of nothing": (text(data__split="0,0"), ["data.split = '0,0'", "'99,1'"]),
+    "split of words": (text(data__split="most"), ["data.split = 'most'", "'98,2,0'"]),
+    "split of dots": (text(data__split="1..2,3"), ["data.split = '1..2,3'", "'98,2,0'"]),
+    "split of nothing": (text(data__split="0,0"), ["data.split = '0,0'", "'98,2,0'"]),
     "split in four": (text(data__split="1,1,1,1"), ["data.split = '1,1,1,1'"]),
     "small vocabulary": (text(model__vocab_size=5), ["model.vocab_size = 5 is smaller than the tokenizer's", "leave it out"]),
     "damaged tokenizer": (
@@ -145,7 +145,7 @@ CASES: dict[str, tuple[Make, list[str]]] = {
         lambda folder: {**data()(folder), "data__train": write_text(folder / "t.txt")},
         ["t.txt: is not a prepared dataset", "data.text"],
     ),
-    "other vocabulary": (data(largest=99), ["the data holds token", "model.vocab_size is 10", "prepare the data again"]),
+    "other vocabulary": (data(largest=99), ["holds token 99, the model has 10", "set model.vocab_size"]),
     "unknown vocabulary": (data(model__vocab_size=None), ["model.vocab_size = 0", "set data.tokenizer or model.vocab_size"]),
     "alphabet for a data set": (data(data__tokenizer="chars"), ["data.tokenizer = 'chars' is trained on raw text"]),
     "other tokenizer": (

@@ -18,6 +18,7 @@ from tiny import assert_same_state, events, losses, options, state, write_text
 from teratron.cli.main import main
 from teratron.config import Config
 from teratron.train import trainer
+from teratron.train.commands import program
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_text_in_a_trained_model_out(text: Path, tmp_path: Path, capsys: pytest.
     out, err = capsys.readouterr()
     assert err == ""
     config = Config.load(tmp_path / "run")
-    assert config.to_toml() in out, "the effective config is printed"
+    assert config.describe() in out, "the effective config is printed"
     assert "step 6: held-out loss" in out
     assert out.splitlines()[-1].startswith("done: 6 steps; report in ")
     for name in ("config.toml", "metrics.jsonl", "report.html", "tokenizer/chars.json", "checkpoints/step-00000006/COMPLETE"):
@@ -70,7 +71,7 @@ def test_a_signal_saves_says_how_to_go_on_and_the_same_command_does(
         at_step(patch, 3, lambda: os.kill(os.getpid(), number))
         assert main(command(text, tmp_path / "run")) == 130
     out, err = capfd.readouterr()
-    assert f"stopped at step 3 of 6; to go on: teratron train --run {tmp_path / 'run'}" in out
+    assert f"stopped at step 3 of 6; to go on: {program()} train --run {tmp_path / 'run'}" in out
     assert f"{number.name}: finishing this step, then saving" in err
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert [event["reason"] for event in events(tmp_path / "run", "end")] == ["interrupted"]
@@ -112,7 +113,7 @@ def test_a_real_process_starts_fast_and_obeys_ctrl_c(text: Path, tmp_path: Path)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 130, complaint
-    assert f"to go on: teratron train --run '{run}'" in rest
+    assert f"to go on: {program()} train --run '{run}'" in rest
     assert "Traceback" not in complaint
     assert usage.ru_utime + usage.ru_stime < 9, "seconds; most is the import of torch"
     step = events(run, "end")[0]["step"]

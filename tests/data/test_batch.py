@@ -22,10 +22,10 @@ def test_plain_batch() -> None:
     assert batch["targets"].tolist() == [[9, 0, 7, 0, 0, 3], [4, 4, 0, 0, 0, 0]]
     assert batch["weights"].tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]
     assert batch["positions"].tolist() == [[0, 1, 2, 3, 4, 5]] * 2
-    assert batch["segments"].tolist() == [[0] * 6] * 2
+    assert "segments" not in batch
     assert batch["sample"].tolist() == [40, 41]
     assert {name: value.dtype for name, value in batch.items()} == {
-        **dict.fromkeys(["tokens", "targets", "positions", "segments", "sample"], torch.int64),
+        **dict.fromkeys(["tokens", "targets", "positions", "sample"], torch.int64),
         "weights": torch.float32,
     }
 

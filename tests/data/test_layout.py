@@ -67,7 +67,7 @@ def test_megatron_order_cuts_between_documents(dataset: IndexedDataset) -> None:
 def test_training_and_evaluation_share_no_token(dataset: IndexedDataset, order: str) -> None:
     settings = config(data__order=order)
     samples, tokens = train_samples(settings, [Source(dataset, None)], "75,25", (20,))
-    windows = valid_windows(settings, [Source(dataset, None)], "75,25")
+    windows, _ = valid_windows(settings, [Source(dataset, None)], "75,25")
     assert windows is not None
     seen, held_out = samples.rows(np.arange(80)), windows.rows(np.arange(windows.count))
     assert seen.max() < tokens
@@ -75,9 +75,9 @@ def test_training_and_evaluation_share_no_token(dataset: IndexedDataset, order: 
 
 
 def test_several_held_out_sets_are_evaluated_one_after_another(dataset: IndexedDataset, other: IndexedDataset) -> None:
-    windows = valid_windows(config(), [Source(dataset, None), Source(other, None)], "0,1")
+    windows, targets = valid_windows(config(), [Source(dataset, None), Source(other, None)], "0,1")
     assert windows is not None
-    assert windows.target_tokens == 2 * 254
+    assert targets == 2 * 254
     rows = windows.rows(np.arange(windows.count))
     assert np.array_equal(rows[:, 1:][rows[:, 1:] >= 0], np.concatenate([np.arange(1, 255), np.arange(1001, 1255)]))
     backwards = windows.rows(np.arange(windows.count)[::-1])
@@ -164,4 +164,4 @@ def test_a_split_without_training_data_is_refused_by_the_name_of_the_set(dataset
 
 
 def test_a_split_without_held_out_data_is_none(dataset: IndexedDataset) -> None:
-    assert valid_windows(config(), [Source(dataset, None)], "1,0") is None
+    assert valid_windows(config(), [Source(dataset, None)], "1,0") == (None, 0)

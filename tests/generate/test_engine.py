@@ -42,7 +42,7 @@ def rows_of(stream: TokenStream, count: int) -> list[list[int]]:
 
 def test_cached_logits_equal_full_logits(model: GPT) -> None:
     tokens = [5, 200, 17, 99, 3, 250, 42, 8]
-    cache = KVCache(model.config, 1, len(tokens), torch.device("cpu"), torch.float64)
+    cache = KVCache(len(tokens))
     pieces = []
     with torch.no_grad():
         for start, stop in ((0, 4), (4, 5), (5, 6), (6, 8)):
@@ -57,7 +57,7 @@ def test_cached_logits_equal_full_logits(model: GPT) -> None:
 
 
 def test_full_cache_refuses_more(model: GPT) -> None:
-    cache = KVCache(model.config, 1, 2, torch.device("cpu"), torch.float64)
+    cache = KVCache(2)
     new = torch.zeros(1, model.config.key_value_heads, 3, model.config.head_features, dtype=torch.float64)
     with pytest.raises(IndexError, match="2 columns cannot hold 3"):
         cache.append(0, new, new)

@@ -85,7 +85,7 @@ def test_fused_attention_equals_its_plain_twin(groups: int, isolated: bool) -> N
     shapes = [(2, heads, LENGTH, 8) for heads in (4, groups, groups)]
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
     mask = document_mask((torch.arange(LENGTH) // 6).expand(2, LENGTH)) if isolated else None
-    core = AttentionCore(0.0, "core", 4, LENGTH)
+    core = AttentionCore(0.0, "core")
     fused, plain = core(*inputs, mask, None), core.plain(*inputs, mask, None)
     assert_near(fused, plain)
     upstream = torch.randn(fused.shape, generator=generator, dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_fused_attention_equals_its_plain_twin(groups: int, isolated: bool) -> N
 def test_attention_dropout_keeps_the_expectation_and_only_works_with_keys() -> None:
     generator, samples = torch.Generator().manual_seed(0), 4000
     q, k, v = (torch.randn((1, heads, 6, 4), generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
-    core = AttentionCore(0.3, "core", 4, LENGTH)
+    core = AttentionCore(0.3, "core")
     positions = torch.arange(6).expand(samples, 6)
     keys = mask_keys(1, 1, torch.arange(samples), positions, torch.zeros_like(positions))
     dropped = core(q.expand(samples, -1, -1, -1), k.expand(samples, -1, -1, -1), v.expand(samples, -1, -1, -1), None, keys)
@@ -115,8 +115,8 @@ def test_dropout_is_off_without_keys_and_scales_features_with_them(config: Model
     assert torch.equal(logits_of(dropping, state), logits_of(model, state))
     assert model.embedding is not None
     assert dropping.embedding is not None
-    whole = model.embedding(state, Shared(None, None, None))["hidden"]
-    dropped = dropping.embedding(state, Shared(None, None, keys_of(state)))["hidden"]
+    whole = model.embedding(state, Shared(state["positions"], None, None, None))["hidden"]
+    dropped = dropping.embedding(state, Shared(state["positions"], None, None, keys_of(state)))["hidden"]
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], whole[kept] / 0.6, rtol=1e-14, atol=0)
     assert 0.5 < kept.double().mean() < 0.7
@@ -129,7 +129,7 @@ def test_the_same_keys_give_identical_numbers_also_when_recomputed(config: Model
     assert not torch.equal(logits_of(model, state, keys), logits_of(model, state, other))
     gradients = []
     for recompute in (False, True):
-        shared, running = Shared(model.rotary(state["positions"]), None, keys), state
+        shared, running = Shared(state["positions"], model.rotary(state["positions"]), None, keys), state
         for unit in model.units():
             again = {"use_reentrant": False, "preserve_rng_state": False}  # there is no generator to bring back
             running = checkpoint(unit, running, shared, **again) if recompute else unit(running, shared)
@@ -173,7 +173,7 @@ def test_the_fused_projection_holds_q_k_v_in_order() -> None:
             heads[kind] = projected.unflatten(-1, (-1, 8)).transpose(1, 2)
     assert {kind: tensor.shape[1] for kind, tensor in heads.items()} == {"q": 4, "k": 2, "v": 2}
     mixed = attention.core.plain(heads["q"], heads["k"], heads["v"], None, None).transpose(1, 2).flatten(2)
-    assert_near(attention(x, Shared(None, None, None)), attention.output(mixed))
+    assert_near(attention(x, Shared(torch.arange(x.shape[1])[None], None, None, None)), attention.output(mixed))
 
 
 NORMS, ACTIVATIONS = ("layernorm", "rmsnorm"), ("gelu", "gelu_tanh", "relu", "swiglu", "geglu")

@@ -82,7 +82,9 @@ def test_two_ranges_of_units_hold_the_whole_and_chain_to_it(config: ModelConfig,
             assert torch.equal(values, expected[name]), name
     tokens = torch.randint(config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     state = {"tokens": tokens, "positions": torch.arange(16).expand(2, 16)}
-    chained = stages[1](stages[0](state))["hidden"]
+    sent = stages[0](state)
+    assert sent.keys() == {"hidden"}
+    chained = stages[1](sent | {"positions": state["positions"]})["hidden"]
     assert torch.equal(chained, whole(state)["hidden"])
     assert whole.head is not None
     assert stages[1].head is not None

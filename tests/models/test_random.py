@@ -19,7 +19,7 @@ def mask(seed: int = 1, step: int = 7, site: str = "blocks.0.ffn.dropout", p: fl
     """A mask of [SAMPLES, LENGTH, FEATURES]; `first` is the first sample's global index."""
     positions = torch.arange(LENGTH).expand(SAMPLES, LENGTH)
     keys = mask_keys(seed, step, torch.arange(first, first + SAMPLES), positions, torch.zeros_like(positions))
-    return keep_mask(keys, feature_keys(site, FEATURES), p)
+    return keep_mask(keys, feature_keys(seed_of(site), FEATURES, torch.device("cpu")), p)
 
 
 def correlation(a: Tensor, b: Tensor, p: float) -> float:
@@ -78,11 +78,12 @@ def test_segments_separate_documents_with_the_same_positions() -> None:
 def test_a_slice_of_coordinates_gives_that_slice_of_the_mask() -> None:
     samples, positions = torch.arange(100, 106), torch.arange(40).expand(6, 40)
     segments = positions // 15
-    features = feature_keys("embedding.dropout", 96)
+    site, cpu = seed_of("embedding.dropout"), torch.device("cpu")
+    features = feature_keys(site, 96, cpu)
     whole = keep_mask(mask_keys(1, 2, samples, positions, segments), features, 0.3)
     keys = mask_keys(1, 2, samples[2:5], positions[2:5, 10:31], segments[2:5, 10:31])
     assert torch.equal(keep_mask(keys, features[32:64], 0.3), whole[2:5, 10:31, 32:64])
-    assert torch.equal(feature_keys("embedding.dropout", 40), features[:40])
+    assert torch.equal(feature_keys(site, 40, cpu), features[:40])
 
 
 def test_probability_zero_keeps_everything() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from teratron.config import ModelConfig
-from teratron.models import GPT, build_model, initialise
+from teratron.config import ModelConfig, OptimConfig
+from teratron.models import GPT, build_model, initialise, parts_of
+from teratron.optim import AdamW
 from teratron.optim.flat import flatten, global_norm
 
 CONFIG = ModelConfig(layers=2, hidden=16, heads=2, seq_length=8, vocab_size=30)
@@ -72,3 +73,28 @@ def test_tied_embeddings_stay_one_parameter_with_one_place() -> None:
     assert torch.equal(model.head.output.weight[5], view[5])
     model.head.output(torch.ones(1, CONFIG.hidden)).sum().backward()
     assert (bucket.view(bucket.gradient, "embedding.tokens.weight")[: CONFIG.vocab_size] == 1).all()
+
+
+def test_the_norm_of_a_large_buffer_is_exact() -> None:
+    """One float32 sum over 2^25 squares would be off by a thousandth, and by how much would depend on the cut."""
+    (bucket,) = flatten(torch.nn.Linear(2**25 // 4 + 7, 4, bias=False))
+    bucket.gradient.normal_(generator=torch.Generator().manual_seed(0))
+    expected = bucket.gradient.double().norm()
+    assert abs(float(global_norm([bucket]) / expected) - 1) < 1e-8
+
+
+def test_dtypes_are_kept_apart_and_frozen_parameters_out() -> None:
+    model = made()
+    assert model.head is not None
+    model.head.norm.double()
+    model.blocks["0"].requires_grad_(False)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = AdamW(model, OptimConfig(weight_decay=0.5))
+    assert model.head.norm.weight.dtype == torch.float64
+    for bucket in optimizer.buckets:
+        bucket.gradient.fill_(1.0)
+    optimizer.step(1, 0.1)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith("blocks.0.")
+    saved = {part.name for kind, part, _ in optimizer.tensors() if kind == "weight"}
+    assert saved == {part.name for part in parts_of(model)}

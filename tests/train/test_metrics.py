@@ -16,7 +16,7 @@ from teratron.config import UserError
 from teratron.train import Trainer, metrics
 from teratron.train.metrics import Console, Metrics, duration
 
-STEP_KEYS = {"event", "step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second", "mfu", "time"}
+STEP_KEYS = {"event", "terms", "step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second", "mfu", "time"}
 
 
 class Terminal(io.StringIO):
@@ -52,10 +52,11 @@ def test_the_documented_keys_are_there(tmp_path: Path) -> None:
     steps = events(tmp_path / "run", "step")
     assert [event["step"] for event in steps] == [1, 2, 3, 4, 5, 6]
     assert all(event.keys() == STEP_KEYS for event in steps)
-    assert all(math.isfinite(value) for event in steps for key, value in event.items() if key != "event")
+    assert all(math.isfinite(value) for event in steps for key, value in event.items() if key not in ("event", "terms"))
+    assert all(event["terms"] == {"next_token": pytest.approx(event["loss"])} for event in steps)
     assert [event["tokens"] for event in steps] == [32 * n for n in range(1, 7)]
     for event in events(tmp_path / "run", "eval"):
-        assert event.keys() == {"event", "step", "loss", "perplexity", "time"}
+        assert event.keys() == {"event", "step", "loss", "perplexity", "terms", "time"}
         assert event["perplexity"] == math.exp(event["loss"])
     assert (tmp_path / "run" / "report.html").read_text("utf-8").startswith("<!DOCTYPE html>")
 
@@ -68,6 +69,34 @@ def test_tensorboard_reads_what_metrics_tell(tmp_path: Path) -> None:
     for tag, kind in (("train/loss", "step"), ("eval/loss", "eval")):
         expected = {event["step"]: event["loss"] for event in events(tmp_path / "run", kind)}
         assert {scalar.step: scalar.value for scalar in board.Scalars(tag)} == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_missing_tensorboard_is_said_once_before_the_first_step(
+    tmp_path: Path, installed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metrics, "available", lambda: installed)
+    monkeypatch.setattr(metrics, "TensorBoard", Board)
+    Trainer(tiny(write_text(tmp_path / "text.txt"), log__tensorboard=True), tmp_path / "run", device="cpu").train()
+    lines = capsys.readouterr().out.splitlines()
+    said = [number for number, line in enumerate(lines) if "pip install tensorboard" in line]
+    first = next(number for number, line in enumerate(lines) if line.startswith("step 1/"))
+    assert len(said) == (0 if installed else 1)
+    assert all(number < first for number in said)
+    assert (tmp_path / "run" / "tensorboard").exists() == installed
+
+
+class Board:
+    """A TensorBoard that only makes its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+
+    def write(self, event: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize("tail", ["", '{"event": "step", "st', '{"event": "step", "step": 9, "loss": 1.0}', "\n"])

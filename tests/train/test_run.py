@@ -75,10 +75,12 @@ def test_a_finished_run_says_so_and_trains_nothing(text: Path, tmp_path: Path, c
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_fewer_steps_than_done_change_nothing(text: Path, tmp_path: Path) -> None:
+def test_fewer_steps_than_done_are_refused_and_change_nothing(text: Path, tmp_path: Path) -> None:
     train(tiny(text), tmp_path / "run")
     before = state(tmp_path / "run")
-    assert train(tiny(text, train__steps=3), tmp_path / "run").step == 6
+    with pytest.raises(UserError, match=r"train.steps = 3 is below step 6"):
+        train(tiny(text, train__steps=3), tmp_path / "run")
+    assert Config.load(tmp_path / "run").train.steps == 6
     assert all(torch.equal(tensor, state(tmp_path / "run")[name]) for name, tensor in before.items())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity import assert_parity
 from tiny import assert_same_state, events, losses, state, tiny, write_text
 from torch import Tensor
 
@@ -32,16 +33,17 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
     return {name: view.clone() for name, view in state_tensors(trainer.optimizer)}
 
 
+@pytest.mark.parametrize(("precision", "tol"), [("fp64", 1e-9), ("fp32", 1e-4)])
 @pytest.mark.parametrize("keys", [{}, {"model__attention_dropout": 0.2}, {"data__isolate_documents": True, "data__tokenizer": "bytes"}])
-def test_micro_batches_change_nothing(text: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
-    """Dropout on, three steps in float64: gradient accumulation is exact but for the order of additions."""
-    settings = {"train__steps": 3, "train__precision": "fp64", "train__eval_every": 0} | keys
-    whole = trained(text, tmp_path / "whole", train__micro_batch=0, **settings)
-    for size in (1, 2, 4):
-        cut = trained(text, tmp_path / str(size), train__micro_batch=size, **settings)
-        for name, expected in weights(whole).items():
-            difference = float((weights(cut)[name] - expected).abs().max())
-            assert difference <= 1e-12 * max(float(expected.abs().max()), 3e-2), (size, name)
+def test_micro_batches_change_nothing(text: Path, tmp_path: Path, keys: dict[str, Any], precision: str, tol: float) -> None:
+    """Dropout on, three steps: gradient accumulation is exact but for the order of additions (contract C1)."""
+    settings = {"train__steps": 3, "train__precision": precision, "train__eval_every": 0} | keys
+    # Adam divides a gradient by its own size: with a smaller eps, one that is all rounding moves its weight as far as any other.
+    settings |= {"optim__eps": 1e-6}
+    whole = weights(trained(text, tmp_path / "whole", train__micro_batch=0, **settings))
+    for size in (1, 2):
+        cut = weights(trained(text, tmp_path / str(size), train__micro_batch=size, **settings))
+        assert_parity(cut, whole, tol, lr=1e-2, steps=3)
 
 
 def test_dropout_changes_the_numbers(text: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from teratron.checkpoint.huggingface import is_huggingface, load_huggingface
 from teratron.checkpoint.reader import Checkpoint, newest_checkpoint, open_checkpoint
 from teratron.config import ModelConfig, UserError, nearest
-from teratron.data.tokenizer import Tokenizer, load_tokenizer
+from teratron.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from teratron.models import GPT, build_model, load_parts
 
 
@@ -65,6 +65,4 @@ def _fill(config: ModelConfig, tensors: dict[str, torch.Tensor], device: str, dt
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer in a folder, or None when there is no file of one."""
-    names = ("tokenizer.json", "vocab.json", "vocab.txt", "chars.json", "bytes.json")
-    has_one = any((folder / name).is_file() for name in names) or any(folder.glob("*.model")) if folder.is_dir() else False
-    return load_tokenizer(folder) if has_one else None
+    return load_tokenizer(folder) if folder.is_dir() and find_tokenizer(folder) else None

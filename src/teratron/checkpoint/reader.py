@@ -94,6 +94,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if found != f"{FORMAT!r} version {VERSION}":
             raise UserError(f"{folder}: found format {found}, expected {FORMAT!r} version {VERSION}: use the release that wrote it")
         _check_manifest(manifest)
+        _check_name(folder, manifest["step"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a checkpoint's manifest: {type(error).__name__}: {error}; {USE_EARLIER}") from None
     return Checkpoint(folder, manifest)
@@ -115,6 +116,13 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
             raise ValueError(f"tensor '{name}' is cut into pieces, which this release does not read")
         if pieces[0]["file"] not in manifest["files"] or not isinstance(pieces[0]["key"], str):
             raise ValueError(f"tensor '{name}' lies in no file of the checkpoint")
+
+
+def _check_name(folder: Path, step: int) -> None:
+    """A renamed checkpoint would stand in the wrong place among a run's."""
+    match = re.fullmatch(r"step-(\d+)", folder.name)
+    if match and int(match[1]) != step:
+        raise UserError(f"{folder}: holds step {step}, its name says {int(match[1])}: rename it to step-{step:08d}")
 
 
 def checkpoint_folders(run: Path) -> list[Path]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from teratron.cli.parser import text
+
 if TYPE_CHECKING:
     from teratron.data.prepare import Progress
 
@@ -31,8 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and what belongs to them"
     )
     prepare.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 = one a core (default: 0)")
-    prepare.add_argument("--text-key", default="text", metavar="K", help="key of a .jsonl object or column of a .parquet (default: text)")
-    prepare.add_argument("--eod", default="", metavar="TOKEN", help="end-of-document token (default: the tokenizer's own)")
+    prepare.add_argument(
+        "--text-key", type=text, default="text", metavar="K", help="key of a .jsonl object or column of a .parquet (default: text)"
+    )
+    prepare.add_argument("--eod", type=text, default="", metavar="TOKEN", help="end-of-document token (default: the tokenizer's own)")
     prepare.add_argument("--no-append-eod", action="store_true", help="do not end documents with the end-of-document token")
     prepare.add_argument("--strict", action="store_true", help="stop at the first malformed item instead of keeping it aside")
     prepare.add_argument(
@@ -58,8 +62,6 @@ def _prepare(args: argparse.Namespace) -> int:
 
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: expected 0 (one a core) or more")
-    if not args.max_document_mb > 0:
-        raise UserError(f"--max-document-mb {args.max_document_mb}: expected more than 0")
     tokenizer = load_tokenizer(args.tokenizer, args.eod)
     with _shown_progress() as progress:
         summary = prepare(

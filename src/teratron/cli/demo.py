@@ -10,7 +10,7 @@ SUMMARY = "train a small GPT on Python's own source in a few minutes: tokenizer,
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the demo (default: runs/demo)")
-    parser.add_argument("--minutes", type=float, default=3.0, help="about how long to train (default: 3)")
+    parser.add_argument("--minutes", type=float, metavar="N", help="about how long to train, in a new folder (default: 3)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
 
 

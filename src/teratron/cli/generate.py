@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from teratron.cli.parser import text
 from teratron.config import UserError
 
 if TYPE_CHECKING:
@@ -23,9 +24,13 @@ SUMMARY = "continue a prompt, or a file of prompts, with a trained model"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="MODEL", help="a run folder, a checkpoint folder or a Hugging Face folder")
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue; - reads it from standard input (default: none)")
+    parser.add_argument(
+        "prompt", nargs="?", type=text, metavar="PROMPT", help="text to continue; - reads it from standard input (default: none)"
+    )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line (blank lines are skipped), or .jsonl records")
-    parser.add_argument("--prompt-key", default="prompt", metavar="KEY", help="field of a .jsonl record that holds it (default: prompt)")
+    parser.add_argument(
+        "--prompt-key", type=text, default="prompt", metavar="KEY", help="field of a .jsonl record that holds it (default: prompt)"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write records of prompt, text, tokens and seed into this .jsonl file")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens to add (default: 100, or fewer where positions end)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 = always the likeliest token (default: 1)")
@@ -36,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (default: 0)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations of each prompt, seeds S, S+1, ... (default: 1)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="continuations made at the same time (default: 16)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a continuation before this text; may be repeated")
+    parser.add_argument(
+        "--stop", action="append", type=text, default=[], metavar="TEXT", help="end a continuation before this text; may be repeated"
+    )
     parser.add_argument("--tokenizer", metavar="T", help="tokenizer file, folder or `bytes`, instead of the model's own")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="numbers of weights and activations (default: fp32; fp64 as trained)")
@@ -88,7 +95,7 @@ def _record(line: str, key: str, where: str) -> str:
     """The prompt in a line of JSON."""
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not a JSON record: {error}") from None
     prompt = record.get(key) if isinstance(record, dict) else None
     if not isinstance(prompt, str):

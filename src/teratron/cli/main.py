@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import io
 import os
 import select
 import sys
@@ -12,11 +13,10 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
 
 from teratron import __version__
-from teratron.cli.help import key_help
-from teratron.config import UserError, key_names, nearest
+from teratron.cli.parser import Parser
+from teratron.config import UserError, nearest
 from teratron.config.arguments import split_overrides
 
 VERBS = {
@@ -33,16 +33,16 @@ when it also takes `--section.key value`, which arrive as `args.overrides`. It i
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line, by default the process's own.
 
-    Returns the exit code: the verb's; 2 after a `UserError`, printed on one line; 130 after Ctrl-C; 141 when the reader of the
-    output has gone. Any other exception is a defect and keeps its traceback.
+    Returns the exit code: the verb's; 2 after a `UserError`, a refusal of the operating system or a lack of memory, printed on
+    one line; 130 after Ctrl-C; 141 when the reader of the output has gone. Any other exception is a defect and keeps its traceback.
     """
+    _make_streams_safe()
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"teratron: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except KeyboardInterrupt:
         print("teratron: interrupted", file=sys.stderr)
         return 130
@@ -50,9 +50,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _reader_is_gone():
             raise
         return 141
+    except OSError as error:
+        lost = _output_is_lost()
+        where = "standard output" if lost else error.filename or "the operating system refuses"
+        return _refuse(f"{where}: {error.strerror or error}: check the path, its permissions and the free space")
+    except MemoryError:
+        return _refuse("out of memory: ask for less at once, such as a smaller batch or model")
+
+
+def _make_streams_safe() -> None:
+    """Closed standard streams lead nowhere; what the terminal's encoding lacks is printed as an escape."""
+    sys.stdin, sys.stdout, sys.stderr = (
+        stream or open(os.devnull, mode)  # noqa: SIM115 (it lives as long as the process)
+        for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w"))
+    )
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")
+
+
+def _refuse(message: str) -> int:
+    print(f"teratron: error: {' '.join(message.splitlines())}", file=sys.stderr)
+    return 2
 
 
 def _run(argv: list[str]) -> int:
+    for argument in argv:
+        if "\0" in argument:
+            raise UserError(f"the argument {argument!r} holds a NUL character, which no name or text may have: leave it out")
     verb = argv[0] if argv else "--help"
     if verb in ("-h", "--help", "--version"):
         print(_overview() if verb != "--version" else f"teratron {__version__}")
@@ -121,37 +146,27 @@ def _parse(verb: str, module: ModuleType, arguments: list[str]) -> argparse.Name
     return args
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises `UserError`, and knows the nearest right name of an unknown option."""
-
-    def __init__(self, *args: Any, with_keys: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.with_keys = with_keys
-
-    def format_help(self) -> str:
-        return super().format_help() + (key_help() if self.with_keys else "")
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Leaves nothing over: a subcommand's parser too refuses here, where its own options are known."""
-        namespace, rest = super().parse_known_args(args, namespace)
-        if rest:
-            option = next((argument for argument in rest if argument.startswith("-")), None)
-            if option is None:
-                self.error(f"unexpected argument '{rest[0]}'")
-            known = [*self._option_string_actions, *(f"--{name}" for name in key_names() if self.with_keys)]
-            self.error(f"unknown option '{option}'{nearest(option, known)}")
-        return namespace, rest
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` tells the options")
-
-
 def _reader_is_gone() -> bool:
-    """Whether standard output is the broken pipe; if so, what is still buffered goes nowhere, so that exit is quiet."""
+    """Whether standard output is the broken pipe; if so, exit is quiet."""
     output = sys.stdout.fileno()
     poll = select.poll()
     poll.register(output, 0)
     if not poll.poll(0):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    _discard_output()
     return True
+
+
+def _output_is_lost() -> bool:
+    """Whether standard output cannot be written, as on a full disk."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_output()
+        return True
+    return False
+
+
+def _discard_output() -> None:
+    """Send what is still buffered nowhere: Python flushes once more at exit, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from teratron.cli.parser import text
+
 SUMMARY = "train a byte-level BPE tokenizer on text, or show how one cuts a text"
 
 
@@ -16,10 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, 257 or more")
     train.add_argument("--output", type=Path, required=True, metavar="FILE", help="the tokenizer.json to write")
-    train.add_argument("--text-key", default="text", metavar="K", help="key of a .jsonl object or column of a .parquet (default: text)")
+    train.add_argument(
+        "--text-key", type=text, default="text", metavar="K", help="key of a .jsonl object or column of a .parquet (default: text)"
+    )
     show = verbs.add_parser("show", help="say what a tokenizer is, and how it cuts a text", allow_abbrev=False)
     show.add_argument("tokenizer", metavar="T", help="`bytes`, a tokenizer file, or a folder that holds one")
-    show.add_argument("text", nargs="?", metavar="TEXT", help="text to cut into tokens")
+    show.add_argument("text", nargs="?", type=text, metavar="TEXT", help="text to cut into tokens")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,7 +45,11 @@ def _train(args: argparse.Namespace) -> int:
         raise UserError(f"--output {output}: expected a name that ends with .json, such as {output.name or 'tokenizer'}.json")
     started = time.monotonic()
     rejected: list[Rejection] = []
-    tokenizer = train_bpe(read_texts(args.inputs, args.text_key, rejected.append), args.vocab_size)
+    try:
+        tokenizer = train_bpe(read_texts(args.inputs, args.text_key, rejected.append), args.vocab_size)
+    except UserError as error:
+        reason = f"; {len(rejected):,} malformed items were left out, the first: {rejected[0]}" if rejected else ""
+        raise UserError(f"{error}{reason}") from None
     with writing(output):
         folder = output.with_name(f".{output.name}.partial")
         output.parent.mkdir(parents=True, exist_ok=True)

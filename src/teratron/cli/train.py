@@ -26,13 +26,14 @@ def run(args: argparse.Namespace) -> int:
     base = Config.load(args.config) if args.config else Config.load(saved) if saved.is_file() else Config()
     config = base.override(args.overrides)  # before the slow import, so that a wrong key is refused at once
     from teratron.train import Trainer
+    from teratron.train.commands import program
 
     trainer = Trainer(config, args.run, device=args.device, fork_to=args.fork)
     trainer.console.say(trainer.config.describe())
     result = trainer.train()
     folder = shlex.quote(str(trainer.run))
     if result.interrupted:
-        trainer.console.say(f"stopped at step {result.step} of {trainer.config.train.steps}; to go on: teratron train --run {folder}")
+        trainer.console.say(f"stopped at step {result.step} of {trainer.config.train.steps}; to go on: {program()} train --run {folder}")
         return 130
-    trainer.console.say(f"done: {result.step} steps; report in {trainer.run / 'report.html'}; try: teratron generate {folder}")
+    trainer.console.say(f"done: {result.step} steps; report in {trainer.run / 'report.html'}; try: {program()} generate {folder}")
     return 0

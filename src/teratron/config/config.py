@@ -46,10 +46,13 @@ class Config:
         if optim.schedule != "constant" and optim.warmup_steps > steps:
             raise UserError(f"optim.warmup_steps = {optim.warmup_steps} exceeds train.steps = {steps}: lower the first")
         if optim.schedule in ("cosine", "linear") and 0 < optim.decay_steps < optim.warmup_steps:
-            raise UserError(f"optim.decay_steps = {optim.decay_steps} ends before optim.warmup_steps = {optim.warmup_steps}: raise the first")
+            raise UserError(
+                f"optim.decay_steps = {optim.decay_steps} ends before optim.warmup_steps = {optim.warmup_steps}: raise the first"
+            )
         if optim.schedule == "wsd" and optim.decay_steps > steps - optim.warmup_steps:
             raise UserError(
-                f"optim.decay_steps = {optim.decay_steps} and optim.warmup_steps = {optim.warmup_steps} overlap in {steps} train.steps: lower one"
+                f"optim.decay_steps = {optim.decay_steps} and optim.warmup_steps = {optim.warmup_steps} overlap "
+                f"in train.steps = {steps}: lower one"
             )
 
     @staticmethod
@@ -149,7 +152,8 @@ def flatten(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
 def frozen_changes(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """The keys with both values that differ although a run that goes on may not change them (contract C13)."""
     then = dict(old.items())
-    return [(name, then[name], value) for name, value in new.items() if value != then[name] and not name.startswith(FREE_ON_RESUME)]
+    free = {name for name in then if name in FREE_ON_RESUME or f"{name.partition('.')[0]}." in FREE_ON_RESUME}
+    return [(name, then[name], value) for name, value in new.items() if value != then[name] and name not in free]
 
 
 def _toml_value(value: Any) -> str:

@@ -27,6 +27,10 @@ def at_least(low: float) -> Check:
     return lambda value: None if value >= low else f"at least {low}"
 
 
+def above(low: float) -> Check:
+    return lambda value: None if value > low else f"above {low}"
+
+
 def between(low: float, high: float) -> Check:
     """A value in [low, high)."""
     return lambda value: None if low <= value < high else f"from {low} to below {high}"
@@ -101,7 +105,8 @@ def _scalar(value: Any, kind: Any) -> Any:
         if not math.isfinite(float(value)):
             raise ValueError
         return float(value)
-    number = int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else float(value)
+    whole = isinstance(value, int) or (isinstance(value, str) and value.lstrip("+-").isdigit())
+    number = int(value) if whole else float(value)
     if number != int(number):
         raise ValueError
     return int(number)

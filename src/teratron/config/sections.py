@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from teratron.config.errors import UserError
-from teratron.config.keys import Section, at_least, between, key
+from teratron.config.keys import Section, above, at_least, between, key
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ModelConfig(Section):
     """The vocabulary's weights are padded in memory to a multiple of this, for fast matrix products; padding is masked out."""
     norm: Literal["layernorm", "rmsnorm"] = key("layernorm")
     """Normalisation of each block's inputs."""
-    norm_eps: float = key(1e-5, at_least(0))
+    norm_eps: float = key(1e-5, above(0))
     """Added to the variance inside a norm."""
     activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] = key("gelu")
     """Feed-forward activation; swiglu and geglu add a gate projection."""
@@ -168,7 +168,7 @@ class OptimConfig(Section):
     """Decay rate of the first moment."""
     beta2: float = key(0.95, between(0, 1))
     """Decay rate of the second moment."""
-    eps: float = key(1e-8, at_least(0))
+    eps: float = key(1e-8, above(0))
     """Added to the root of the second moment."""
     clip: float = key(1.0, at_least(0))
     """Largest global gradient norm; 0 = no clipping."""

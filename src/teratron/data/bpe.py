@@ -10,6 +10,8 @@ from teratron.data.tokenizer import END_OF_TEXT, Tokenizer
 
 SMALLEST = 257
 """<|endoftext|> and the 256 bytes."""
+LARGEST = 1 << 24
+"""Far beyond any vocabulary in use; the trainer reserves memory for all of it at once."""
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -17,12 +19,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Id 0 is <|endoftext|>, then come the 256 bytes, then merges of pairs seen at least twice: a small corpus may yield fewer
     than `vocab_size` tokens. The same texts in the same order give the same tokenizer. Memory grows with the number of
-    distinct words, not with the length of the texts. Raises `UserError` for a size below 257 or when there is no text.
+    distinct words, not with the length of the texts. Raises `UserError` for a size below 257 or above 2**24, and when there is no text.
     """
     from tokenizers import models, pre_tokenizers, trainers
 
     if vocab_size < SMALLEST:
         raise UserError(f"vocab size = {vocab_size}: expected at least {SMALLEST}, the 256 bytes and {END_OF_TEXT}")
+    if vocab_size > LARGEST:
+        raise UserError(f"vocab size = {vocab_size}: expected at most {LARGEST:,}, such as 50257")
     engine = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -47,6 +47,7 @@ def open_data(config: Config, run: Path, phases: Sequence[int], say: Say) -> Tra
     held_out = open_sources(data.valid) if data.valid else sources
     if data.valid:
         _check_fingerprints(held_out, tokenizer)
+    _check_tokens({source.dataset.prefix: source.dataset for source in (*sources, *held_out)}.values(), tokenizer, vocab_size)
     valid, valid_tokens = valid_windows(config, held_out, "0,1" if data.valid else data.split)
     if data.valid and valid is None:
         raise UserError(f"data.valid = {' '.join(data.valid)}: holds fewer than 2 tokens; give more, or leave it out and use data.split")
@@ -61,7 +62,9 @@ def _open_sources(config: Config, run: Path, say: Say) -> tuple[list[Source], To
         kept = _kept_tokenizer(config, run)
         if config.data.text:
             tokenizer = kept or _text_tokenizer(config, run, say)
-            return [Source(_prepared_text(config, run, tokenizer, say), None)], tokenizer
+            sources = [Source(_prepared_text(config, run, tokenizer, say), None)]
+            _check_fingerprints(sources, tokenizer)
+            return sources, tokenizer
         sources = open_sources(config.data.train)
         return sources, _set_tokenizer(config, run, sources, kept)
     except OSError as error:
@@ -106,6 +109,8 @@ def _origin(config: Config) -> str:
 def _kept_tokenizer(config: Config, run: Path) -> Tokenizer | None:
     """The tokenizer that the run has already; one that was branched off takes no other."""
     folder, spec = run / "tokenizer", config.data.tokenizer
+    if not folder.is_dir() and _is_run(run) and (config.data.text or Path(f"{config.data.train[0]}.tokenizer").is_dir()):
+        raise UserError(f"{folder} is missing: copy it back from the newest folder in {run / 'checkpoints'}")
     if not folder.is_dir():
         return None
     tokenizer = load_tokenizer(folder)
@@ -192,6 +197,18 @@ def _set_tokenizer(config: Config, run: Path, sources: list[Source], kept: Token
     if kept is None and tokenizer is not None:
         save_tokenizer(tokenizer, run / "tokenizer")
     return tokenizer
+
+
+def _check_tokens(datasets: Iterable[IndexedDataset], tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    """Read every token of data sets without notes on who made them: one beyond the vocabulary would end the run midway."""
+    for dataset in datasets:
+        if tokenizer is not None and Path(f"{dataset.prefix}.json").is_file():
+            continue
+        if dataset.max_token() >= vocab_size:
+            raise UserError(
+                f"{dataset.prefix} holds token {dataset.max_token()}, the model has {vocab_size}: "
+                "set model.vocab_size to the size of the tokenizer that made it"
+            )
 
 
 def _check_fingerprints(sources: Iterable[Source], tokenizer: Tokenizer | None) -> None:

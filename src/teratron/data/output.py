@@ -17,11 +17,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from teratron.config import UserError
-from teratron.data.indexed import IndexedWriter
+from teratron.data.indexed import IndexedWriter, named
 from teratron.data.records import Rejection
 
 PARTS = (".bin", ".json", ".tokenizer", ".rejected.jsonl", ".rejected.txt", ".idx")
 """What a prepared data set is made of, in the order in which it appears."""
+ESCAPE = "backslashreplace"
+"""How JSON holds a file name that is not UTF-8: Python's escape of a lone surrogate is JSON's own."""
 LONGEST_SEQUENCE = 2**31 - 1
 """Tokens; the .idx counts them with 32 bits. A longer document becomes several sequences."""
 
@@ -30,12 +32,12 @@ class Output:
     """The place of a data set PREFIX.*; while it is written, its files lie in the folder PREFIX.partial.
 
     As a context manager it removes that folder at the end, whatever happens; only `commit` puts anything in place. What a
-    killed process left is cleared by the next one. Raises `UserError` when the data set exists and `overwrite` is not set,
+    killed process left is cleared by the next one. Raises `UserError` for a prefix without a name, when the data set exists and `overwrite` is not set,
     when another process is writing it, and when the folder cannot be written.
     """
 
     def __init__(self, prefix: Path, overwrite: bool) -> None:
-        self.prefix = prefix
+        self.prefix = named(prefix)
         self.scratch = self.part(".partial")
         if not overwrite and (self.part(".idx").exists() or self.part(".bin").exists()):
             raise UserError(f"{prefix}: a data set of this name exists: choose another --output, or add --overwrite")
@@ -78,7 +80,7 @@ class Output:
     def commit(self, notes: dict[str, Any]) -> None:
         """Put the data set in place of a former one; at no moment do files of both stand under one .idx."""
         with writing(self.prefix):
-            (self.scratch / "data.json").write_text(json.dumps(notes, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            (self.scratch / "data.json").write_text(json.dumps(notes, indent=2, ensure_ascii=False) + "\n", "utf-8", ESCAPE)
             self.part(".idx").unlink(missing_ok=True)
             for suffix in PARTS:
                 old, new = self.part(suffix), self.scratch / f"data{suffix}"
@@ -143,7 +145,7 @@ class Rejects:
         }
         if raw and not raw.endswith(b"\n"):
             raw += b"\n"
-        with writing(self._notes), self._notes.open("a", encoding="utf-8") as notes, self._raw.open("ab") as kept:
+        with writing(self._notes), self._notes.open("a", encoding="utf-8", errors=ESCAPE) as notes, self._raw.open("ab") as kept:
             notes.write(json.dumps(note, ensure_ascii=False) + "\n")
             kept.write(raw)
         self._position += len(raw)

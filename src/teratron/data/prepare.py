@@ -26,6 +26,8 @@ BATCH = 1 << 20
 """Bytes of text that travel to a worker together."""
 FEWEST = 16
 """More bytes of input than this seldom become one token, whatever the format: what does not fit even so is refused at once."""
+LARGEST = 1 << 20
+"""MiB that a document that cannot be cut may be allowed to have."""
 WORTH_A_WORKER = 4 << 20
 """Bytes of input below which another process costs more time than it saves."""
 
@@ -95,6 +97,8 @@ def prepare(
     """
     started = time.monotonic()
     eod = _end_of_document(tokenizer, append_eod)
+    if not 0 < max_document_mb <= LARGEST:
+        raise UserError(f"--max-document-mb {max_document_mb}: expected more than 0, and at most {LARGEST}")
     files = find_files(inputs)
     reading = Reading(text_key, tokenizer.cut_rule, int(max_document_mb * (1 << 20)))
     workers = workers or max(1, min(cores(), files.total // WORTH_A_WORKER))

@@ -99,8 +99,8 @@ _PATTERNS = (
 )
 
 
-def _find(folder: Path) -> Path:
-    """The tokenizer's main file in a folder."""
+def find_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer's main file in a folder, or None."""
     for pattern in _PATTERNS:
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
@@ -108,7 +108,14 @@ def _find(folder: Path) -> Path:
             raise UserError(f"tokenizer folder {folder}: holds several ({names}); name one of these files")
         if found:
             return found[0]
-    raise UserError(f"tokenizer folder {folder}: holds no tokenizer file; accepted: {ACCEPTED}")
+    return None
+
+
+def _find(folder: Path) -> Path:
+    found = find_tokenizer(folder)
+    if found is None:
+        raise UserError(f"tokenizer folder {folder}: holds no tokenizer file; accepted: {ACCEPTED}")
+    return found
 
 
 def _loader(file: Path) -> Callable[[Path, str], Tokenizer]:

@@ -22,7 +22,8 @@ class KVCache:
         if stop > self.capacity:
             raise IndexError(f"cache of {self.capacity} columns cannot hold {stop}")
         if layer not in self.layers:
-            self.layers[layer] = tuple(x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (k_BKSD, v_BKSD))
+            keys, values = (x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (k_BKSD, v_BKSD))
+            self.layers[layer] = keys, values
         keys, values = self.layers[layer]
         keys[:, :, self.length : stop] = k_BKSD
         values[:, :, self.length : stop] = v_BKSD

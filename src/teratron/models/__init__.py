@@ -6,7 +6,8 @@ import torch
 
 from teratron.config import ModelConfig, UserError
 from teratron.models.gpt import GPT, State
-from teratron.models.parts import Part, flops_per_token, initialise, load_parts, parameter_count, parts_of
+from teratron.models.leaves import Part
+from teratron.models.parts import flops_per_token, initialise, load_parts, parameter_count, parts_of
 
 __all__ = ["GPT", "Part", "State", "build_model", "flops_per_token", "initialise", "load_parts", "parameter_count", "parts_of"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from teratron.config import ModelConfig
 from teratron.models.head import LanguageHead
-from teratron.models.leaves import AttentionCore, Dropout, Embedding, Linear, Norm
+from teratron.models.leaves import AttentionCore, Dropout, Embedding, Linear, Norm, accurate
 
 State = dict[str, Tensor]
 
@@ -30,8 +30,10 @@ class Cache(Protocol):
 
 @dataclass(frozen=True)
 class Shared:
-    """What all blocks of one forward pass use; derived from the batch's coordinates on every stage, never sent."""
+    """What all units of one forward pass use; derived from the batch's coordinates on every stage, never sent."""
 
+    positions: Tensor
+    """int64 [B, S]."""
     rotary: tuple[Tensor, Tensor] | None
     """cos and sin [B, 1, S, D / 2], or None."""
     mask: Tensor | None
@@ -48,13 +50,13 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.tokens = Embedding(config.vocab_size, config.hidden, config.init_std, config.vocab_multiple)
         self.positions = Embedding(config.positions, config.hidden, config.init_std) if config.position == "learned" else None
-        self.dropout = Dropout(config.dropout, "embedding.dropout", config.hidden)
+        self.dropout = Dropout(config.dropout, "embedding.dropout")
 
     def forward(self, state: State, shared: Shared) -> State:
         hidden_BSH = self.tokens(state["tokens"])
         if self.positions is not None:
-            hidden_BSH = hidden_BSH + self.positions(state["positions"])
-        return {**state, "hidden": self.dropout(hidden_BSH, shared.keys)}
+            hidden_BSH = hidden_BSH + self.positions(shared.positions)
+        return {"hidden": self.dropout(hidden_BSH, shared.keys)}
 
 
 class Attention(nn.Module):
@@ -67,7 +69,7 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden, {"q": queries, "k": pairs, "v": pairs}, config.bias, config.init_std)
         self.q_norm = Norm(config.head_features, "rmsnorm", False, config.norm_eps) if config.qk_norm else None
         self.k_norm = Norm(config.head_features, "rmsnorm", False, config.norm_eps) if config.qk_norm else None
-        self.core = AttentionCore(config.attention_dropout, f"blocks.{layer}.attention.core", config.heads, config.positions)
+        self.core = AttentionCore(config.attention_dropout, f"blocks.{layer}.attention.core")
         self.output = Linear(queries, config.hidden, config.bias, config.init_std / math.sqrt(2 * config.layers))
 
     def forward(self, x_BSH: Tensor, shared: Shared) -> Tensor:
@@ -104,10 +106,10 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = Norm(config.hidden, config.norm, config.bias, config.norm_eps)
         self.attention = Attention(config, layer)
-        self.attention_dropout = Dropout(config.dropout, f"blocks.{layer}.attention.dropout", config.hidden)
+        self.attention_dropout = Dropout(config.dropout, f"blocks.{layer}.attention.dropout")
         self.ffn_norm = Norm(config.hidden, config.norm, config.bias, config.norm_eps)
         self.ffn = FeedForward(config)
-        self.ffn_dropout = Dropout(config.dropout, f"blocks.{layer}.ffn.dropout", config.hidden)
+        self.ffn_dropout = Dropout(config.dropout, f"blocks.{layer}.ffn.dropout")
 
     def forward(self, state: State, shared: Shared) -> State:
         hidden = state["hidden"]
@@ -132,8 +134,7 @@ class Head(nn.Module):
 class GPT(nn.Module):
     """Units 0 (embedding), 1..layers (blocks), layers + 1 (head), or any range of them.
 
-    Parameters are uninitialised: see `parts.initialise`. State needs tokens and positions [B, S]; segments [B, S] when
-    documents are isolated.
+    Parameters are uninitialised: see `parts.initialise`.
     """
 
     def __init__(self, config: ModelConfig, units: range | None = None) -> None:
@@ -150,14 +151,19 @@ class GPT(nn.Module):
         return [unit for unit in (self.embedding, *self.blocks.values(), self.head) if unit is not None]
 
     def forward(self, state: State, mask: Tensor | None = None, keys: Tensor | None = None, cache: Cache | None = None) -> State:
-        """Run the units in order; the result holds hidden [B, S, H].
+        """Run the units in order; the result holds hidden [B, S, H], which is all that the next stage needs to be sent.
 
-        mask: bool [B, 1, S, T] of what may be seen (None = causal, within segments if the state has them);
-        keys: dropout keys (None = no dropout); cache: keys and values of earlier tokens.
+        Args:
+            state: what the stage before sent (tokens [B, S] for the first unit), and this rank's own coordinates: positions
+                [B, S], and segments [B, S] when documents are isolated.
+            mask: bool [B, 1, S, T] of what may be seen; None = causal, within segments if there are some.
+            keys: dropout keys; None = no dropout. cache: keys and values of earlier tokens.
         """
-        if mask is None and "segments" in state:
-            mask = document_mask(state["segments"])
-        shared = Shared(self.rotary(state["positions"]), mask, keys, cache)
+        positions, segments = state["positions"], state.get("segments")
+        if mask is None and segments is not None:
+            mask = document_mask(segments)
+        shared = Shared(positions, self.rotary(positions), mask, keys, cache)
+        state = {name: tensor for name, tensor in state.items() if name not in ("positions", "segments")}
         for unit in self.units():
             state = unit(state, shared)
         return state
@@ -167,10 +173,9 @@ class GPT(nn.Module):
         if self.config.position != "rope":
             return None
         dtype = next(self.parameters()).dtype
-        accurate = torch.float64 if dtype == torch.float64 else torch.float32
-        exponents = torch.arange(0, self.config.head_features, 2, dtype=accurate, device=positions_BS.device)
+        exponents = torch.arange(0, self.config.head_features, 2, dtype=accurate(dtype), device=positions_BS.device)
         frequencies = 1 / self.config.rope_theta ** (exponents / self.config.head_features)  # the field's rounding, bit for bit
-        angles = positions_BS[:, None, :, None].to(accurate) * frequencies
+        angles = positions_BS[:, None, :, None].to(accurate(dtype)) * frequencies
         return angles.cos(), angles.sin()
 
 

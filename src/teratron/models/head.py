@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teratron.models.leaves import Part
+from teratron.models.leaves import Part, accurate
 
 CHUNK_LOGITS = 2**22
 """Logits of one chunk (rows times vocabulary): 16 MiB in float32."""
@@ -57,17 +57,17 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, weights_T: Tensor, vocab: int) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        half = hidden_TH.dtype.itemsize == 2
-        accurate = torch.float32 if half else hidden_TH.dtype
-        total = torch.zeros((), dtype=accurate, device=hidden_TH.device)
+        exact = accurate(hidden_TH.dtype)
+        half = exact != hidden_TH.dtype
+        total = torch.zeros((), dtype=exact, device=hidden_TH.device)
         grad_hidden = torch.empty_like(hidden_TH) if needs_gradient else None
         grad_weight: Tensor | None = None
         rows = min(max(CHUNK_LOGITS // weight_VH.shape[0], CHUNK_ROWS), hidden_TH.shape[0])
         products = hidden_TH.new_empty(rows, weight_VH.shape[0])  # one buffer for all chunks: fresh ones cost page faults
-        accurates = products.to(accurate)
+        accurates = products.to(exact)
         for start in range(0, hidden_TH.shape[0], rows):
             part = slice(start, start + rows)
-            hidden, targets, weights = hidden_TH[part], targets_T[part, None], weights_T[part].to(accurate)
+            hidden, targets, weights = hidden_TH[part], targets_T[part, None], weights_T[part].to(exact)
             product, logits = products[: len(hidden)], accurates[: len(hidden)]
             torch.mm(hidden, weight_VH.t(), out=product)
             if half:
@@ -83,7 +83,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 slopes.scatter_add_(-1, targets, -weights[:, None])
                 slopes = product.copy_(slopes) if half else slopes
                 torch.mm(slopes, weight_VH, out=grad_hidden[part])
-                grad_weight = _add_product(grad_weight, slopes.t(), hidden, accurate)
+                grad_weight = _add_product(grad_weight, slopes.t(), hidden)
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VH.dtype))
         return total
@@ -95,10 +95,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None
 
 
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor, accurate: torch.dtype) -> Tensor:
-    """total + a b, in place where there is a total; sums of half types are kept in `accurate`."""
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b, in place where there is a total; sums of half types are kept in float32."""
     if total is None:
         return a @ b
-    if accurate == a.dtype:
+    if accurate(a.dtype) == a.dtype:
         return total.addmm_(a, b)
-    return total.to(accurate).add_(a @ b)
+    return total.to(accurate(a.dtype)).add_(a @ b)

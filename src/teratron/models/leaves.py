@@ -14,12 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teratron.models.random import feature_keys, keep_mask
+from teratron.models.random import feature_keys, keep_mask, seed_of
+
+
+def accurate(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums and exponentials of `dtype` are computed: float32 for half types, else itself (contract C9)."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A named piece of a parameter: rows [start, start + shape[0]) of dimension 0. A leaf names its own; `parts_of` makes the names full."""
+    """A named piece of a parameter: rows [start, start + shape[0]) of dimension 0.
+
+    A leaf yields its own with names below it; `parts_of` makes the names full.
+    """
 
     name: str
     """Below the leaf's parent (`q.weight`), below the leaf itself (`.weight`), or in full (`/embedding.tokens.weight`)."""
@@ -97,48 +105,44 @@ class Norm(nn.Module):
 class Dropout(nn.Module):
     """Dropout whose mask is a function of the token's key and the feature (contract C4); off without keys."""
 
-    def __init__(self, probability: float, site: str, width: int) -> None:
+    def __init__(self, probability: float, site: str) -> None:
         super().__init__()
-        self.probability = probability
-        self.features: Tensor | None
-        self.register_buffer("features", feature_keys(site, width) if probability else None, persistent=False)
+        self.probability, self.site = probability, seed_of(site)
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         """x [B, S, H], keys int32 [B, S] or None."""
-        if keys is None or self.features is None:
+        if keys is None or self.probability == 0:
             return x
-        keep = keep_mask(keys, self.features, self.probability)
-        return x * (keep.to(x.dtype) * (1 / (1 - self.probability)))
+        keep = keep_mask(keys, feature_keys(self.site, x.shape[-1], x.device), self.probability)
+        return x * keep * (1 / (1 - self.probability))
 
 
 class AttentionCore(nn.Module):
     """softmax(q k^T / sqrt(d)) v with grouped key/value heads; the fused kernel unless attention weights are dropped."""
 
-    def __init__(self, dropout: float, site: str, heads: int, positions: int) -> None:
+    def __init__(self, dropout: float, site: str) -> None:
         super().__init__()
-        self.dropout = dropout
-        self.features: Tensor | None
-        features = feature_keys(site, heads * positions).view(heads, positions) if dropout else None
-        self.register_buffer("features", features, persistent=False)
+        self.dropout, self.site = dropout, seed_of(site)
 
     def forward(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | None, keys: Tensor | None) -> Tensor:
         """mask: bool [B or 1, 1, S, T] of what may be seen, or None for causal; keys: dropout keys of the queries or None."""
-        if self.features is not None and keys is not None:
+        if self.dropout and keys is not None:
             return self.plain(q_BNSD, k_BKTD, v_BKTD, mask, keys)
         grouped = q_BNSD.shape[1] != k_BKTD.shape[1]
         return F.scaled_dot_product_attention(q_BNSD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
     def plain(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | None, keys: Tensor | None) -> Tensor:
         """The twin in plain tensor operations, with dropout of attention weights when keys are given."""
-        heads, groups = q_BNSD.shape[1], k_BKTD.shape[1]
+        heads, groups, columns = q_BNSD.shape[1], k_BKTD.shape[1], k_BKTD.shape[2]
         k = k_BKTD.repeat_interleave(heads // groups, dim=1)
         v = v_BKTD.repeat_interleave(heads // groups, dim=1)
         scores = (q_BNSD @ k.transpose(-1, -2)) / math.sqrt(q_BNSD.shape[-1])
         if mask is None:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        accurate = torch.float32 if scores.dtype.itemsize == 2 else scores.dtype
-        weights = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=accurate).to(scores.dtype)
-        if keys is not None and self.features is not None:
-            keep = keep_mask(keys[:, None], self.features[:, None, : k.shape[2]], self.dropout)
-            weights = weights * (keep.to(weights.dtype) * (1 / (1 - self.dropout)))
+        weights = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=accurate(scores.dtype)).to(scores.dtype)
+        if keys is not None:
+            # One key a head and one a column, so that neither needs the other's number.
+            of_head, of_column = (feature_keys(self.site + n, count, scores.device) for n, count in ((1, heads), (2, columns)))
+            keep = keep_mask(keys[:, None] ^ of_head[:, None], of_column, self.dropout)
+            weights = weights * keep * (1 / (1 - self.dropout))
         return weights @ v

@@ -58,10 +58,18 @@ def keep_mask(keys: Tensor, features: Tensor, probability: float) -> Tensor:
     return bits >= int(probability * 2**32) - 2**31
 
 
-def feature_keys(site: str, count: int) -> Tensor:
-    """One 32-bit key for each feature of a dropout site, int32 [count]."""
-    base = seed_of("site", site) & 0x7FFFFFFFFFFF
-    return _to_int32(_mix64(torch.arange(count) * 0x9E3779B97F + base))
+@torch.library.custom_op("teratron::feature_keys", mutates_args=())
+def feature_keys(site: int, count: int, device: torch.device) -> Tensor:
+    """One 32-bit key for each feature of a dropout site (`seed_of` its name), int32 [count].
+
+    An operator of its own, because torch.compile must not look inside: it generates C++ whose signed overflow is undefined.
+    """
+    return _to_int32(_mix64(torch.arange(count, device=device) * 0x9E3779B97F + site))
+
+
+@feature_keys.register_fake
+def _(site: int, count: int, device: torch.device) -> Tensor:
+    return torch.empty(count, dtype=torch.int32, device=device)
 
 
 def _mix64(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -10,9 +9,9 @@ from torch import Tensor
 from teratron.config import ObjectiveConfig
 from teratron.models import GPT, State
 from teratron.objectives.next_token import NextToken
-from teratron.objectives.terms import Batch, Term
+from teratron.objectives.terms import Batch, Tally, Term, total_loss
 
-__all__ = ["Batch", "NextToken", "Objective", "Term", "build_objective", "total_loss"]
+__all__ = ["Batch", "NextToken", "Objective", "Tally", "Term", "build_objective", "total_loss"]
 
 
 class Objective(Protocol):
@@ -31,9 +30,3 @@ class Objective(Protocol):
 def build_objective(config: ObjectiveConfig) -> Objective:
     """The objective that `objective.name` asks for."""
     return {"next_token": NextToken}[config.name]()
-
-
-def total_loss(terms: list[Term], counts: Mapping[str, Tensor]) -> Tensor:
-    """Sum over terms of weight * sum / count, the counts those of the whole global batch."""
-    losses = [term.weight * term.sum / counts[term.name].clamp(min=1e-30) for term in terms]
-    return sum(losses[1:], start=losses[0])

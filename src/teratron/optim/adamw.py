@@ -23,6 +23,7 @@ class AdamW:
         self.config = config
         self.parts = parts_of(model)
         self.buckets = flatten(model)
+        self.frozen = {name: parameter.data for name, parameter in model.named_parameters() if not parameter.requires_grad}
         self.moments = [(torch.zeros_like(bucket.master), torch.zeros_like(bucket.master)) for bucket in self.buckets]
 
     def step(self, step: int, lr: float) -> float:
@@ -71,6 +72,8 @@ class AdamW:
             for part in (p for p in self.parts if p.parameter in bucket.places):
                 for kind, flat in (("weight", bucket.master), ("moment1", first), ("moment2", second)):
                     yield kind, part, part.of(bucket.view(flat, part.parameter))
+        for part in (p for p in self.parts if p.parameter in self.frozen):
+            yield "weight", part, part.of(self.frozen[part.parameter])
 
     def zero(self) -> None:
         """Before loading into `tensors()`: what they do not cover, the padding of the vocabulary, is zero."""

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from teratron.models.leaves import accurate
 
 ROW = 1024
+"""Elements whose squares are summed in their own type before float64 takes over."""
 SLICE = 2**20
 """Elements added at once where types differ: PyTorch converts the whole operand first, which then stays in the cache."""
 
@@ -30,14 +32,13 @@ class Bucket:
             size += parameter.numel()
         self.weights = torch.empty(size, dtype=first.dtype, device=first.device)
         self.backward = torch.zeros_like(self.weights)
-        half = first.dtype.itemsize == 2
         for name, parameter in parameters.items():
             view = self.view(self.weights, name)
             view.copy_(parameter.data)
             parameter.data = view
             parameter.grad = self.view(self.backward, name)
-        self.master = self.weights.float() if half else self.weights
-        self.gradient = torch.zeros_like(self.master) if half else self.backward
+        self.master = self.weights.to(accurate(first.dtype))
+        self.gradient = self.backward if self.master is self.weights else torch.zeros_like(self.master)
 
     def view(self, flat: Tensor, name: str) -> Tensor:
         """A parameter's view of a tensor shaped like the buffer."""
@@ -61,10 +62,12 @@ class Bucket:
 
 
 def flatten(model: nn.Module) -> list[Bucket]:
-    """Move a model's parameters into buckets, decayed (matrices) and not (biases, norms): Megatron-LM's rule."""
-    named = dict(model.named_parameters())
-    kinds = ((True, {n: p for n, p in named.items() if p.dim() > 1}), (False, {n: p for n, p in named.items() if p.dim() <= 1}))
-    return [Bucket(parameters, decayed) for decayed, parameters in kinds if parameters]
+    """Move a model's trained parameters into buckets by dtype and decay (matrices, not biases and norms: Megatron-LM's rule)."""
+    kinds: dict[tuple[torch.dtype, bool], dict[str, nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kinds.setdefault((parameter.dtype, parameter.dim() > 1), {})[name] = parameter
+    return [Bucket(parameters, decayed) for (_, decayed), parameters in kinds.items()]
 
 
 def global_norm(buckets: Iterable[Bucket]) -> Tensor:

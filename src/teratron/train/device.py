@@ -18,16 +18,20 @@ from teratron.models import GPT, build_model, parameter_count
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-def choose_device(name: str, deterministic: bool = False) -> torch.device:
+def choose_device(name: str) -> torch.device:
     """`auto` = the first CUDA device if there is one, else the CPU; raises `UserError` for a CUDA that is not there."""
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {name}: expected auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is visible to PyTorch; use --device cpu, or check nvidia-smi and the PyTorch build")
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def set_deterministic(wanted: bool) -> None:
+    """Only deterministic kernels from here on, or any."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
 
 
 def keep_freed_memory() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
+import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TextIO
@@ -22,12 +24,15 @@ class Metrics:
     Raises `UserError` when they cannot be written.
     """
 
-    def __init__(self, run: Path, tensorboard: bool) -> None:
+    def __init__(self, run: Path, tensorboard: bool, say: Callable[[str], None] = print) -> None:
+        """say: takes the one line that tells of a missing tensorboard package."""
         self._run = run
         with self._reporting():
             self._file = (run / "metrics.jsonl").open("ab+", buffering=0)
             _end_last_line(self._file)
         self._folder = run / "tensorboard" if tensorboard and available() else None
+        if tensorboard and self._folder is None:
+            say("log.tensorboard = true, but the package is not installed, so no curves are written for it: pip install tensorboard")
         self._board: TensorBoard | None = None
 
     def __enter__(self) -> Metrics:
@@ -43,9 +48,10 @@ class Metrics:
     def write(self, event: str, **values: Any) -> None:
         """One event; numbers that are not finite become null."""
         record = {"event": event, **values}
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        line = json.dumps(_finite(record)).encode() + b"\n"
         with self._reporting():
-            self._file.write(json.dumps(clean).encode() + b"\n")
+            if self._file.write(line) != len(line):  # unbuffered: a full disk may take a part without an error
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self._folder is not None and event in ("step", "eval"):
                 self._board = self._board or TensorBoard(self._folder)  # its import takes a second: not before the first step
                 self._board.write(record)
@@ -59,6 +65,13 @@ class Metrics:
                 f"{self._run}: the run's metrics cannot be written: {error.strerror or error}; "
                 "earlier checkpoints are intact; free space, then run the same command again"
             ) from None
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for every number that is not finite, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _end_last_line(file: IO[bytes]) -> None:
@@ -129,9 +142,12 @@ class Console:
         self._width = len(text)
 
     def _write(self, text: str) -> None:
-        if self._stream is not None:
-            self._stream.write(text)
-            self._stream.flush()
+        try:
+            if self._stream is not None:
+                self._stream.write(text)
+                self._stream.flush()
+        except OSError:  # nobody reads any more, or the disk is full: training goes on in silence, metrics.jsonl has it all
+            self._stream = None
 
 
 def duration(seconds: float) -> str:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-
 from teratron.models import GPT
 from teratron.models.random import mask_keys
-from teratron.objectives import Batch, Objective, total_loss
+from teratron.objectives import Batch, Objective, Tally, total_loss
 from teratron.optim import AdamW
 
 
@@ -22,18 +19,16 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
 
 def train_step(
     model: GPT, objective: Objective, optimizer: AdamW, batch: Batch, *, step: int, seed: int, micro_batch: int, lr: float
-) -> tuple[float, float]:
-    """Learn from one global batch; returns (loss, gradient norm before clipping).
+) -> tuple[Tally, float]:
+    """Learn from one global batch; returns its terms and the gradient norm before clipping.
 
     The loss is exact over the global batch: its counts are known before the first forward pass (contract C2).
     """
-    counts = objective.counts(batch)
-    loss = torch.zeros((), dtype=torch.float64, device=batch["tokens"].device)
+    tally = Tally(counts=objective.counts(batch))
     for part in micro_batches(batch, micro_batch):
         state = model(objective.inputs(part), keys=mask_keys(seed, step, part["sample"], part["positions"], part.get("segments")))
-        partial = total_loss(objective.terms(model, state, part), counts)
-        partial.backward()
+        terms = objective.terms(model, state, part)
+        total_loss(terms, tally.counts).backward()
         optimizer.collect()
-        loss += partial.detach()
-    norm = optimizer.step(step, lr)
-    return float(loss), norm
+        tally.add(terms)
+    return tally, optimizer.step(step, lr)

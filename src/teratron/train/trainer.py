@@ -23,15 +23,27 @@ from teratron.data.batch import make_batch
 from teratron.data.open import open_data
 from teratron.data.samples import Samples
 from teratron.models import build_model, flops_per_token, initialise, parameter_count
-from teratron.objectives import Batch, build_objective
+from teratron.objectives import Batch, Tally, build_objective
 from teratron.optim import AdamW, learning_rate
-from teratron.train.device import DTYPES, check_memory, choose_device, compile_blocks, describe, keep_freed_memory, measure_peak
+from teratron.train.device import (
+    DTYPES,
+    check_memory,
+    choose_device,
+    compile_blocks,
+    describe,
+    keep_freed_memory,
+    measure_peak,
+    set_deterministic,
+)
 from teratron.train.evaluate import evaluate
 from teratron.train.interrupt import Interrupt
 from teratron.train.metrics import Console, Metrics, duration
 from teratron.train.report import write_report
 from teratron.train.run import absolute_paths, continue_config, fork, lock, write_config
 from teratron.train.step import micro_batches, train_step
+
+SKIPS_ALLOWED = 10
+"""Updates in a row that may be skipped for a gradient that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,8 @@ class Trainer:
                 fork(Path(run), self.run)
             config = continue_config(self.run, config)
             self.console = Console(config.train.steps, config.log.every, sys.stdout if echo else None)
-            self.device = choose_device(device, config.train.deterministic)
+            self.device = choose_device(device)
+            set_deterministic(config.train.deterministic)
             keep_freed_memory()
             self._open(config)
             self._check()
@@ -83,6 +96,8 @@ class Trainer:
         self.state = replace(past, phases=_phases(past.phases, config.train.steps))
         self.data = open_data(config, self.run, self.state.phases, self.console.say)
         self.config = config.override({"model.vocab_size": self.data.vocab_size})
+        if self.state.step > config.train.steps:
+            raise UserError(f"train.steps = {config.train.steps} is below step {self.state.step}, where the checkpoint stands: raise it")
         check_memory(self.config, self.device)
         self.objective = build_objective(self.config.objective)
         self.model = build_model(self.config.model, device=self.device, dtype=DTYPES[self.config.train.precision])
@@ -91,6 +106,7 @@ class Trainer:
         self.optimizer = AdamW(self.model, self.config.optim)
         if checkpoint is not None:
             load_training(checkpoint, self.optimizer)
+        self._skipped = 0
         if self.config.train.compile:
             compile_blocks(self.model, self.device)
 
@@ -122,6 +138,9 @@ class Trainer:
 
     def evaluate(self) -> float:
         """The held-out loss over `train.eval_batches` global batches, or over everything."""
+        return self._evaluate().loss()
+
+    def _evaluate(self) -> Tally:
         return evaluate(self.model, self.objective, self._valid_batches())
 
     def batch(self, step: int) -> Batch:
@@ -136,6 +155,7 @@ class Trainer:
             last = step == config.steps
             if self.data.valid is not None and (last or (config.eval_every and step % config.eval_every == 0)):
                 valid_loss = self._report_evaluation(step, metrics)
+            self._refuse_numbers(loss)
             stop = interrupt.asked
             if last or stop or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
                 self._save(metrics)
@@ -146,29 +166,49 @@ class Trainer:
         metrics.write("end", step=self.state.step, seconds=self.state.seconds, reason=reason, time=time.time())
         return Result(self.state.step, loss, valid_loss, interrupted)
 
+    def _refuse_numbers(self, loss: float) -> None:
+        """Stop before good checkpoints are pushed out by useless ones."""
+        if not math.isfinite(loss) or self._skipped >= SKIPS_ALLOWED:
+            found = f"the loss is {loss}" if self._skipped < SKIPS_ALLOWED else f"{self._skipped} updates in a row were skipped"
+            raise UserError(
+                f"{self.run}: step {self.state.step}: {found}: stopped without saving, earlier checkpoints are intact; "
+                "lower optim.lr or model.init_std, and start again or --fork from the newest checkpoint"
+            )
+
     def _step(self, step: int, metrics: Metrics) -> float:
         config, begun = self.config.train, time.perf_counter()
         lr = learning_rate(self.config.optim, step, config.steps)
         batch = self.batch(step)
-        loss, norm = train_step(
+        tally, norm = train_step(
             self.model, self.objective, self.optimizer, batch, step=step, seed=config.seed, micro_batch=config.micro_batch, lr=lr
         )
+        loss = tally.loss()
         seconds = time.perf_counter() - begun
         tokens = config.global_batch * self.config.model.seq_length
         self.state = replace(self.state, step=step, tokens=self.state.tokens + tokens, seconds=self.state.seconds + seconds)
-        event = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": self.state.tokens, "seconds": seconds}
+        event = {
+            "step": step,
+            "loss": loss,
+            "terms": tally.means(),
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens": self.state.tokens,
+            "seconds": seconds,
+        }
         event |= {"tokens_per_second": tokens / seconds, "mfu": tokens / seconds * self.flops_per_token / self.peak_flops}
         metrics.write("step", **event, time=time.time())
-        if not math.isfinite(norm):
+        self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
+        if self._skipped:
             self.console.say(f"step {step}: the gradient norm is {norm}: the update was skipped; lower optim.lr if this repeats")
         self.console.step(event)
         return loss
 
     def _report_evaluation(self, step: int, metrics: Metrics) -> float:
         begun = time.perf_counter()
-        loss = self.evaluate()
+        tally = self._evaluate()
+        loss = tally.loss()
         perplexity = math.exp(min(loss, 700.0))
-        metrics.write("eval", step=step, loss=loss, perplexity=perplexity, time=time.time())
+        metrics.write("eval", step=step, loss=loss, perplexity=perplexity, terms=tally.means(), time=time.time())
         self.console.say(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity:,.2f} ({duration(time.perf_counter() - begun)})")
         return loss
 

@@ -1,0 +1,24 @@
+"""The parity metric of all layouts (contract C1): how two states of the same training may differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+
+def assert_parity(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tol: float, lr: float, steps: int) -> None:
+    """Every tensor within tol of the expected one: max|a - b| <= tol * max(max|b|, lr * steps).
+
+    The second term is how far the optimizer may have moved a weight: relative to its value alone, a weight that starts at zero
+    and whose gradient is zero but for rounding would have to agree in its noise. tol is 1e-9 in float64 and 1e-4 in float32.
+    """
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    wrong = []
+    for name, b in expected.items():
+        a = found[name]
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+        difference, bound = float((a - b).abs().max()), tol * max(float(b.abs().max()), lr * steps)
+        if not difference <= bound:  # so written that NaN is wrong
+            wrong.append(f"{name}: {difference:.3g} > {bound:.3g}")
+    assert not wrong, "\n".join(wrong)
