@@ -240,6 +240,7 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path: Path, capfd: pytest
     ("words", "parts"),
     [
         (["shakespear-char"], ["no preset or file 'shakespear-char' (did you mean 'shakespeare-char'?)"]),
+        (["a" * 300], ["aaa: File name too long"]),
         (["nowhere.toml"], ["nowhere.toml: no such config file"]),
         (["{here}/bad.toml"], ["bad.toml: not a readable TOML file"]),
         (["--device", "tpu"], ["--device tpu: expected auto, cpu or cuda"]),

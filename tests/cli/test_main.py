@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -151,6 +155,76 @@ def test_a_reader_that_leaves_is_no_error(size: int) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(60) == 141
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "aaa: File name too long: "),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: "),
+        (MemoryError(), "out of memory: "),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(
+    verb: SimpleNamespace, capsys: pytest.CaptureFixture[str], trouble: Exception, message: str
+) -> None:
+    def fail() -> int:
+        raise trouble
+
+    verb.does = fail
+    assert cli.main(["sail"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"teratron: error: {message}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-", "<&- >&- 2>&-"])
+def test_lost_streams_leave_no_traceback(redirection: str) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m teratron --version {redirection}"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False, env=environment)
+    full = "full" in redirection
+    assert result.returncode == (2 if full else 0)
+    assert result.stderr.count("\n") == (1 if full else 0)
+    assert ("error: No space left on device" in result.stderr) == full
+
+
+def test_output_beyond_the_terminals_encoding_is_escaped(
+    verb: SimpleNamespace, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", plain)
+    verb.does = lambda: print("né") or 0
+    assert cli.main(["sail"]) == 0
+    assert plain.buffer.getvalue() == b"n\\xe9\n"  # type: ignore[attr-defined]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["sail", "a\0b"], "the argument 'a\\x00b' holds a NUL character"),
+        (["sail", ""], "argument config: its value is empty"),
+        (["sail", "--run", ""], "argument --run: its value is empty"),
+        (["sail", "--run="], "argument --run: its value is empty"),
+        (["tokenizer", "show", ""], "argument T: its value is empty"),
+        (["tokenizer", "show", "bytes", "a\udce9"], "argument TEXT: character 1 is not UTF-8"),
+        (["data", "prepare", "a", "--tokenizer", "bytes", "--output", ""], "argument --output: its value is empty"),
+        (["data", "prepare", "a", "--tokenizer", "bytes", "--output", "b", "--eod", "\udce9"], "argument --eod: character 0 is not UTF-8"),
+        (["data", "prepare", "a", "--tokenizer", "bytes", "--output", "b", "--text-key", "\udce9"], "argument --text-key: character 0"),
+    ],
+)
+def test_arguments_that_name_nothing_are_refused(
+    verb: SimpleNamespace, capsys: pytest.CaptureFixture[str], line: list[str], message: str
+) -> None:
+    assert cli.main(line) == 2
+    assert capsys.readouterr().err.startswith(f"teratron: error: {message}")
+    assert verb.ran is None
+
+
+def test_text_may_be_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tokenizer", "show", "bytes", ""]) == 0
+    assert "tokens       0" in capsys.readouterr().out
 
 
 def test_subcommands_name_their_own_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

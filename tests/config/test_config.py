@@ -24,6 +24,8 @@ RELATED = (
     "optim.warmup_steps",
     "optim.decay_steps",
     "optim.min_lr",
+    "optim.eps",
+    "model.norm_eps",
     "data.text",
     "data.valid",
 )
@@ -36,7 +38,7 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
     if typing.get_origin(kind) is Literal:
         return st.sampled_from(typing.get_args(kind))
     if kind == tuple[str, ...]:
-        return st.lists(text, max_size=3).map(tuple)
+        return st.lists(text.filter(bool), max_size=3).map(tuple)
     return {
         bool: st.booleans(),
         int: st.integers(1, 2**53),
@@ -112,6 +114,9 @@ def test_override_converts_to_the_keys_type(key: str, given: object, value: obje
         ("data.split", "bad \udcff name", "text"),
         ("data.text", ["bad \udcff name"], "text"),
         ("data.text", 3, "list of text"),
+        ("data.text", [[1, 2]], "list of text"),
+        ("data.text", [{"a": 3}], "list of text"),
+        ("data.text", ["a.txt", ""], "list of text"),
     ],
 )
 def test_wrong_value_is_refused_with_what_was_expected(key: str, given: object, expected: str) -> None:
@@ -170,6 +175,9 @@ def test_keys_that_contradict_each_other_are_both_named(values: dict[str, object
         ("model = [", "not a readable TOML file"),
         ("[model]\nlayers = 2\nlayers = 3\n", "not a readable TOML file"),
         ("layers = 3\n", "unknown section 'layers'"),
+        ("[[model]]\nlayers = 3\n", "section 'model' must be a table: expected a line [model]"),
+        ("model = " + "[" * 5000, "not a readable TOML file"),
+        ("[model]\nlayers = " + "9" * 6000, "not a readable TOML file"),
         ("[optimizer]\nlr = 1\n", "unknown section 'optimizer' (did you mean 'optim'?)"),
         ("[model]\nlayer = 3\n", "unknown key 'model.layer' (did you mean 'model.layers'?)"),
         ("[model]\nlayers = 'many'\n", "model.layers = 'many': expected integer"),
@@ -185,6 +193,12 @@ def test_bad_toml_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     assert message in str(error.value)
     if "divisible" not in message:
         assert str(path) in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[model]\nlayers = 3\n", "utf-8-sig")
+    assert Config.load(path).model.layers == 3
 
 
 def test_unreadable_files_are_one_line(tmp_path: Path) -> None:

@@ -193,6 +193,14 @@ def test_bin_of_another_size_is_refused(tmp_path: Path, size: int, message: str)
         IndexedDataset(tmp_path / "set")
 
 
+@pytest.mark.parametrize("prefix", ["", ".", "/", "..", "data/.."])
+def test_a_prefix_without_a_name_is_refused(prefix: str) -> None:
+    with pytest.raises(UserError, match="not the name of a data set"):
+        IndexedDataset(prefix)
+    with pytest.raises(UserError, match="not the name of a data set"):
+        IndexedWriter(prefix, np.uint16)
+
+
 def test_missing_files_name_what_is_there(tmp_path: Path) -> None:
     write(tmp_path / "wikipedia")
     with pytest.raises(UserError, match="did you mean 'wikipedia'"):

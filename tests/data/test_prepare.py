@@ -191,6 +191,29 @@ def test_an_unwritable_place_is_refused(corpus: Path, tmp_path: Path, bpe: Token
         prepare([corpus], tmp_path / "file/data", bpe)
 
 
+@pytest.mark.parametrize("prefix", ["", ".", "/", ".."])
+def test_a_prefix_without_a_name_is_refused(corpus: Path, bpe: Tokenizer, prefix: str) -> None:
+    with pytest.raises(UserError, match="not the name of a data set"):
+        prepare([corpus], Path(prefix), bpe)
+
+
+@pytest.mark.parametrize("size", [float("inf"), float("nan"), 0, -1, 1e30])
+def test_an_impossible_document_size_is_refused(corpus: Path, tmp_path: Path, bpe: Tokenizer, size: float) -> None:
+    with pytest.raises(UserError, match=f"--max-document-mb {size}: expected more than 0".replace("+", "[+]")):
+        prepare([corpus], tmp_path / "data", bpe, max_document_mb=size)
+
+
+def test_names_that_are_not_utf8_are_read_and_noted(tmp_path: Path) -> None:
+    good, bad = (Path(os.fsdecode(os.fsencode(tmp_path) + name)) for name in (b"/caf\xe9.txt", b"/\xff.jsonl"))
+    good.write_text("text")
+    bad.write_text('{"text": 1}\n{"\\ud800": 1}\n')
+    prepare([good, bad], tmp_path / "out", ByteTokenizer(), workers=1)
+    notes = json.loads((tmp_path / "out.json").read_text("utf-8"))
+    assert [source["path"] for source in notes["sources"]] == [str(good), str(bad)]
+    rejected = [json.loads(line) for line in (tmp_path / "out.rejected.jsonl").read_text("utf-8").splitlines()]
+    assert [note["file"] for note in rejected] == [str(bad)] * 2
+
+
 def test_too_little_disk_is_refused_at_once(corpus: Path, tmp_path: Path, bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(UserError, match=r"0\.00 GB are free .* at least"):
@@ -343,3 +366,11 @@ def test_the_command_line_from_text_to_tokens(corpus: Path, tmp_path: Path, caps
     assert "vocab_size   280" in capsys.readouterr().out
     assert main(["data", "prepare", str(corpus), "--tokenizer", tokenizer, "--output", prefix]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_tokenizer_from_nothing_but_malformed_input_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.bin").write_bytes(b"abc\0def")
+    assert main(["tokenizer", "train", str(tmp_path / "a.bin"), "--vocab-size", "300", "--output", str(tmp_path / "t.json")]) == 2
+    error = capsys.readouterr().err
+    assert "holds no text" in error
+    assert "a.bin, byte 3: binary: a NUL byte" in error

@@ -202,6 +202,11 @@ def test_what_cannot_be_an_input_is_refused(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").touch()
     with pytest.raises(UserError, match=r"corpsu.txt: no such file or folder \(did you mean '.*corpus.txt'"):
         find_files([tmp_path / "corpsu.txt"])
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "old.txt").symlink_to("gone.txt")
+    for name in ("loop", "old.txt"):
+        with pytest.raises(UserError, match=f"{name}: a link that leads nowhere: "):
+            find_files([tmp_path / name])
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="neither a file nor a folder"):
         find_files([tmp_path / "pipe"])

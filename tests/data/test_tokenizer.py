@@ -76,6 +76,9 @@ def test_smallest_bpe_is_the_bytes() -> None:
     assert len(tokenizer.encode("aé")) == 3
     with pytest.raises(UserError, match="at least 257"):
         train_bpe(["ab"], 256)
+    for size in (2**24 + 1, 2**70):
+        with pytest.raises(UserError, match="at most 16,777,216"):
+            train_bpe(["ab"], size)
     with pytest.raises(UserError, match="holds no text"):
         train_bpe(["", ""], 300)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import math
 
 import pytest
@@ -149,3 +150,9 @@ def test_damaged_weights_are_refused(loaded: LoadedModel) -> None:
     finally:
         with torch.no_grad():
             weight.copy_(saved)
+
+
+def test_any_number_of_samples_begins_at_once(loaded: LoadedModel) -> None:
+    request = Request(Sampling(temperature=0.9), max_new_tokens=2, samples=10**12, batch=2)
+    first = list(itertools.islice(complete(loaded, ["Hi", "é"], request), 3))
+    assert [(done.prompt, done.seed) for done in first] == [("Hi", 0), ("Hi", 1), ("Hi", 2)]

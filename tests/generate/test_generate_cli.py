@@ -79,6 +79,7 @@ def test_stop_texts_and_tokenizer(loaded: LoadedModel, capsys: pytest.CaptureFix
         (["--prompts", "{folder}/latin.txt"], "cannot be read as UTF-8"),
         (["--prompts", "{folder}/blank.txt"], "holds no prompt"),
         (["--prompts", "{folder}/bad.jsonl"], "bad.jsonl:2: not a JSON record"),
+        (["--prompts", "{folder}/deep.jsonl"], "deep.jsonl:1: not a JSON record"),
         (["--prompts", "{folder}/keys.jsonl"], "keys.jsonl:1: expected a record with a text under 'prompt'"),
         (["Hi", "--output", "{folder}/none/out.jsonl"], "expected a file in a folder that exists"),
         (["Hi", "--temperature", "-1"], "temperature = -1.0"),
@@ -93,6 +94,7 @@ def test_refusals_are_one_line_and_code_2(arguments: list[str], message: str, tm
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     (tmp_path / "keys.jsonl").write_text('{"text": "a"}\n')
     assert main(["generate", "run", *(argument.format(folder=tmp_path) for argument in arguments)]) == 2
     out, err = capsys.readouterr()

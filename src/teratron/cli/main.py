@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     one line; 130 after Ctrl-C; 141 when the reader of the output has gone. Any other exception is a defect and keeps its traceback.
     """
     _make_streams_safe()
+    # Read when torch loads. Threads that spin for long collapse when other programs use the cores: see docs/decisions.md.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -51,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return 141
     except OSError as error:
-        lost = _output_is_lost()
-        where = "standard output" if lost else error.filename or "the operating system refuses"
-        return _refuse(f"{where}: {error.strerror or error}: check the path, its permissions and the free space")
+        _give_up_full_output()
+        where = f"{error.filename}: " if error.filename else ""  # without one it was an open file, such as standard output
+        return _refuse(f"{where}{error.strerror or error}: check the path or redirection, its permissions and the free space")
     except MemoryError:
         return _refuse("out of memory: ask for less at once, such as a smaller batch or model")
 
@@ -157,14 +159,12 @@ def _reader_is_gone() -> bool:
     return True
 
 
-def _output_is_lost() -> bool:
-    """Whether standard output cannot be written, as on a full disk."""
+def _give_up_full_output() -> None:
+    """Keep what is buffered for standard output if it can be written, else discard it."""
     try:
         sys.stdout.flush()
     except OSError:
         _discard_output()
-        return True
-    return False
 
 
 def _discard_output() -> None:

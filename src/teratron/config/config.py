@@ -72,11 +72,12 @@ class Config:
         if path.suffix != ".toml" and not path.is_file():
             return Config.preset(str(source))
         try:
-            return Config().override(flatten(tomllib.loads(path.read_text("utf-8")), str(path)), str(path))
+            tree = tomllib.loads(path.read_text("utf-8-sig"))
         except FileNotFoundError:
             raise UserError(f"{path}: no such config file; give a TOML file or a preset: {', '.join(preset_names())}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise UserError(f"{path}: not a readable TOML file: {error}") from None
+        return Config().override(flatten(tree, str(path)), str(path))
 
     def override(self, values: Mapping[str, Any], origin: str = "") -> Config:
         """A new config with `section.key` values replaced; text is converted to each key's type.
@@ -143,7 +144,9 @@ def flatten(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
     sections = [field.name for field in dataclasses.fields(Config)]
     flat: dict[str, Any] = {}
     for section, table in tree.items():
-        if section not in sections or not isinstance(table, dict):
+        if section in sections and not isinstance(table, dict):
+            raise UserError(f"{origin}: section '{section}' must be a table: expected a line [{section}], and its keys below")
+        if section not in sections:
             raise UserError(f"{origin}: unknown section '{section}'{nearest(section, sections)}; sections: {', '.join(sections)}")
         flat |= {f"{section}.{leaf}": value for leaf, value in table.items()}
     return flat

@@ -8,6 +8,7 @@ import functools
 import inspect
 import itertools
 import math
+import os
 import textwrap
 import typing
 from collections.abc import Callable
@@ -83,7 +84,8 @@ def coerce(value: Any, kind: Any, name: str) -> Any:
     if kind == tuple[str, ...]:
         if isinstance(value, str):
             value = (value,) if value else ()
-        if not isinstance(value, (list, tuple)):
+        plain = isinstance(value, (list, tuple)) and all(isinstance(item, (str, int, float, os.PathLike)) for item in value)
+        if not plain or "" in value:  # an empty name would be the current folder
             raise UserError(f"{name} = {value!r}: expected {kind_name(kind)}")
         return tuple(coerce(str(item), str, name) for item in value)
     try:

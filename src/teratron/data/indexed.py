@@ -31,16 +31,23 @@ def smallest_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
+def named(prefix: Path) -> Path:
+    """The prefix itself; raises `UserError` for one that is only a folder, such as `.`, `..` or `/`, to which no suffix can be added."""
+    if prefix.name in ("", ".."):
+        raise UserError(f"{prefix}: a folder, not the name of a data set: expected a PREFIX, such as {prefix / 'text'}")
+    return prefix
+
+
 class IndexedDataset:
     """A prepared dataset, memory-mapped; everything that can be wrong with its two files is checked when it is opened.
 
     Attributes: `tokens` [total_tokens] of `dtype`; `lengths` int32 [S] and `starts` int64 [S], both in tokens, of its S sequences;
     `documents` int64 [D]: document d is the sequences documents[d] up to documents[d + 1].
-    Raises `UserError` when a file is missing, cut short or contradicts the other.
+    Raises `UserError` for a prefix without a name, and when a file is missing, cut short or contradicts the other.
     """
 
     def __init__(self, prefix: str | Path) -> None:
-        self.prefix = _strip_suffix(prefix)
+        self.prefix = named(_strip_suffix(prefix))
         index, binary = _file(self.prefix, ".idx"), _file(self.prefix, ".bin")
         for path in (index, binary):
             if not path.is_file():
@@ -108,7 +115,7 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype | type) -> None:
-        self.prefix = _strip_suffix(prefix)
+        self.prefix = named(_strip_suffix(prefix))
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self._lengths = array("i")
         self._documents = array("q", [0])

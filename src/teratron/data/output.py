@@ -32,8 +32,8 @@ class Output:
     """The place of a data set PREFIX.*; while it is written, its files lie in the folder PREFIX.partial.
 
     As a context manager it removes that folder at the end, whatever happens; only `commit` puts anything in place. What a
-    killed process left is cleared by the next one. Raises `UserError` for a prefix without a name, when the data set exists and `overwrite` is not set,
-    when another process is writing it, and when the folder cannot be written.
+    killed process left is cleared by the next one. Raises `UserError` for a prefix without a name, when the data set exists and
+    `overwrite` is not set, when another process is writing it, and when the folder cannot be written.
     """
 
     def __init__(self, prefix: Path, overwrite: bool) -> None:

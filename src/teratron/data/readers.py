@@ -80,6 +80,8 @@ def find_files(inputs: Sequence[Path]) -> Files:
     files = Files()
     for item in inputs:
         if not item.exists():
+            if item.is_symlink():
+                raise UserError(f"{item}: a link that leads nowhere: mend it, or name the file itself")
             known = [str(other) for other in item.parent.iterdir()] if item.parent.is_dir() else []
             raise UserError(f"{item}: no such file or folder{nearest(str(item), known)}")
         if not item.is_dir() and not item.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,9 +117,10 @@ def complete(loaded: LoadedModel, prompts: Sequence[str], request: Request) -> I
 
     Raises `UserError` for a prompt that cannot be continued before any is.
     """
-    encoded = zip(prompts, _encode_all(loaded, prompts, request), strict=True)
-    jobs = [(prompt, ids, request.sampling.seed + copy) for prompt, ids in encoded for copy in range(request.samples)]
-    return (done for start in range(0, len(jobs), request.batch) for done in _batch(loaded, jobs[start : start + request.batch], request))
+    encoded = list(zip(prompts, _encode_all(loaded, prompts, request), strict=True))
+    jobs = ((prompt, ids, request.sampling.seed + copy) for prompt, ids in encoded for copy in range(request.samples))
+    batches = iter(lambda: list(itertools.islice(jobs, request.batch)), [])
+    return (done for batch in batches for done in _batch(loaded, batch, request))
 
 
 def _batch(loaded: LoadedModel, jobs: Sequence[tuple[str, list[int], int]], request: Request) -> Iterator[Completion]:

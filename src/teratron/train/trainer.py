@@ -127,7 +127,7 @@ class Trainer:
                 self.console.say(f"{self.run} is complete: step {self.state.step} of {total}; to train on: --train.steps N")
                 result = Result(self.state.step, math.nan, math.nan)
             else:
-                with Metrics(self.run, self.config.log.tensorboard) as metrics, Interrupt() as interrupt:
+                with Metrics(self.run, self.config.log.tensorboard, self.console.say) as metrics, Interrupt() as interrupt:
                     self._announce(metrics)
                     result = self._loop(metrics, interrupt)
             write_report(self.run)
