@@ -42,7 +42,7 @@ MINUTES = 3.0
 VOCAB_SIZE = 4096
 HELD_OUT_SHARE = 0.03
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-PROMPTS = ("def read_", "import os\n\nclass ", '    """Return the ', "for name in ", "if not isinstance(")
+PROMPTS = ("def read", "import os\n\n\nclass", '    """Return the', "for name in", "if not isinstance(")
 OWN_TEXTS = ("pydoc_data/topics.py", "LICENSE.txt", "argparse.py")
 """Files of the standard library to try training on one's own text with; the first that is there. Distributions leave some out."""
 Say = Callable[[str], None]
