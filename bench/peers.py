@@ -21,7 +21,7 @@ from teratron.data.samples import NativeSamples
 from teratron.models import build_model, load_parts, parameter_count
 from teratron.objectives import build_objective
 from teratron.optim import AdamW
-from teratron.train.device import DTYPES
+from teratron.train.device import DTYPES, keep_freed_memory
 from teratron.train.step import train_step
 
 
@@ -42,6 +42,7 @@ class Teratron:
     """This project: its sampler, its batches as the Trainer makes them, its step."""
 
     def __init__(self, workload: Workload, data: Path, parts: Mapping[str, Tensor], precision: str, device: torch.device) -> None:
+        keep_freed_memory()
         self.batch, self.device, self.steps = workload.batch, device, 0
         dataset = IndexedDataset(data)
         self.samples = NativeSamples(dataset, 0, dataset.total_tokens, workload.model.seq_length, SEED)
