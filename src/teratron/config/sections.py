@@ -115,7 +115,9 @@ class DataConfig(Section):
     split: str = key("99,1")
     """Shares of training and validation when data.valid is empty: native order cuts the token stream, megatron order the documents."""
     tokenizer: str = key("")
-    """A tokenizer file or folder, `bytes`, `chars`, or `bpe:SIZE` (trained on data.text); empty = the data set's own, or bpe of model.vocab_size (8192 where that is 0)."""
+    """A tokenizer file or folder, `bytes`, `chars`, or `bpe:SIZE` (trained on data.text).
+
+    Empty = the data set's own, or bpe of model.vocab_size (8192 where that is 0)."""
     order: Literal["native", "megatron"] = key("native")
     """Sample order: a keyed permutation computed at any step, or Megatron-LM's GPTDataset order exactly."""
     isolate_documents: bool = key(False)
