@@ -15,7 +15,7 @@ setup: ## Set up .venv with everything that development needs
 	@bash tools/setup.sh test
 
 test: setup lint ## Set up, then lint, type check and the default tests (one file: .venv/bin/pytest tests/config/test_config.py)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-all: setup lint ## The same with every test, slow ones too
 	$(BIN)/python -m pytest

@@ -14,15 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from workloads import OPTIM, SEED, Workload, is_llama, peer_state
 
-from teratron.config import ModelConfig, ObjectiveConfig, UserError
+from teratron.config import Config, ModelConfig, UserError
 from teratron.data.batch import make_batch
 from teratron.data.indexed import IndexedDataset
 from teratron.data.samples import NativeSamples
-from teratron.models import build_model, load_parts, parameter_count
-from teratron.objectives import build_objective
-from teratron.optim import AdamW
-from teratron.train.device import DTYPES, keep_freed_memory
-from teratron.train.step import train_step
+from teratron.models import load_parts, parameter_count
+from teratron.parallel.mesh import Mesh
+from teratron.train.device import keep_freed_memory
+from teratron.train.engine import Engine
 
 
 class Contender(Protocol):
@@ -46,22 +45,21 @@ class Teratron:
         self.batch, self.device, self.steps = workload.batch, device, 0
         dataset = IndexedDataset(data)
         self.samples = NativeSamples(dataset, 0, dataset.total_tokens, workload.model.seq_length, SEED)
-        self.objective = build_objective(ObjectiveConfig())
-        self.model = build_model(workload.model, device=device, dtype=DTYPES[precision])
-        load_parts(self.model, parts)
-        self.optimizer = AdamW(self.model, OPTIM)
+        keys = {"train.global_batch": workload.batch, "train.precision": precision, "train.seed": SEED}
+        self.engine = Engine(Config(model=workload.model, optim=OPTIM).override(keys), Mesh(), device)
+        load_parts(self.engine.model, parts)
+        for bucket in self.engine.flat.buckets:
+            bucket.master.copy_(bucket.shard)
 
     def parameters(self) -> int:
-        return parameter_count(self.model)
+        return parameter_count(self.engine.model)
 
     def learn(self, rows: np.ndarray) -> float:
         first = self.steps * self.batch
         self.steps += 1
         batch = make_batch(rows, np.arange(first, first + self.batch), eod=None, isolate_documents=False, mask_end_of_document=False)
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        return train_step(self.model, self.objective, self.optimizer, batch, step=self.steps, seed=SEED, micro_batch=0, lr=OPTIM.lr)[
-            0
-        ].loss()
+        return self.engine.step(batch, step=self.steps, number=self.steps, lr=OPTIM.lr)[0].loss()
 
     def step(self) -> None:
         self.learn(self.samples.rows(np.arange(self.steps * self.batch, (self.steps + 1) * self.batch)))

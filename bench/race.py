@@ -18,7 +18,8 @@ from workloads import Workload, initial_parts, random_rows, write_tokens
 
 from teratron.config import UserError
 from teratron.models import build_model, flops_per_token
-from teratron.train.device import DTYPES, measure_peak, synchronize
+from teratron.parallel.device import DTYPES
+from teratron.train.device import measure_peak, synchronize
 
 CHECKS = 2
 """Steps on given batches before the rounds: losses of the same weights, then of the same weights after one update. They also warm up."""

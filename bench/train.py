@@ -18,7 +18,7 @@ from rich.table import Table
 from workloads import WORKLOADS, Workload
 
 from teratron.config import UserError
-from teratron.train.device import choose_device
+from teratron.parallel.device import choose_device
 
 
 def main() -> int:

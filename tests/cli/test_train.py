@@ -19,6 +19,7 @@ from teratron.cli.main import main
 from teratron.config import Config
 from teratron.train import trainer
 from teratron.train.commands import program
+from teratron.train.engine import Engine
 
 
 @pytest.fixture
@@ -37,16 +38,16 @@ def command(text: Path, run: Path, **keys: object) -> list[str]:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
     """Do something within the number-th step that this process makes."""
-    train_step, made = trainer.train_step, 0
+    step, made = Engine.step, 0
 
     def stepped(*args: object, **kwargs: object) -> object:
         nonlocal made
         made += 1
         if made == number:
             action()
-        return train_step(*args, **kwargs)  # type: ignore[arg-type]
+        return step(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trainer, "train_step", stepped)
+    monkeypatch.setattr(Engine, "step", stepped)
 
 
 def test_text_in_a_trained_model_out(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,8 @@ RELATED = (
     "optim.decay_steps",
     "optim.min_lr",
     "optim.eps",
+    "optim.initial_loss_scale",
+    "optim.min_loss_scale",
     "model.norm_eps",
     "data.text",
     "data.valid",
@@ -155,6 +157,11 @@ def test_nothing_near_means_no_suggestion() -> None:
         ({"model.max_positions": 512}, ["model.seq_length = 1024", "model.max_positions = 512"]),
         ({"train.global_batch": 10, "train.micro_batch": 4}, ["train.global_batch = 10", "train.micro_batch = 4"]),
         ({"optim.min_lr": 1.0}, ["optim.min_lr = 1.0", "optim.lr = 0.0003"]),
+        (
+            {"optim.min_loss_scale": 4096, "optim.initial_loss_scale": 2},
+            ["optim.min_loss_scale = 4096.0", "optim.initial_loss_scale = 2.0"],
+        ),
+        ({"model.family": "encoder"}, ["model.family is encoder", "objective.name = next_token"]),
         ({"optim.warmup_steps": 2000}, ["optim.warmup_steps = 2000", "train.steps = 1000"]),
         ({"optim.warmup_steps": 50, "optim.decay_steps": 40}, ["optim.decay_steps = 40", "optim.warmup_steps = 50"]),
         ({"optim.schedule": "wsd", "optim.warmup_steps": 50, "optim.decay_steps": 960}, ["optim.decay_steps = 960", "train.steps"]),
@@ -226,8 +233,10 @@ def test_sections_check_themselves_when_made_in_python() -> None:
 def test_frozen_changes_names_what_a_resumed_run_may_not_change() -> None:
     old = Config()
     free = {"train.steps": 2000, "log.every": 1, "checkpoint.keep": 5, "train.micro_batch": 8, "data.workers": 2, "train.eval_every": 7}
+    free |= {"parallel.tensor": 4, "parallel.shard": "gradients", "parallel.sequence": True, "train.recompute": "full"}
     assert frozen_changes(old, old.override(free)) == []
     frozen = {"model.layers": 3, "train.seed": 1, "train.global_batch": 8, "data.split": "1,1", "optim.lr": 1.0, "train.precision": "bf16"}
+    frozen |= {"objective.label_smoothing": 0.1, "optim.loss_scale": 8.0}
     changes = frozen_changes(old, old.override(frozen | free | {"train.micro_batch": 4}))
     assert {name for name, _, _ in changes} == set(frozen)
     assert ("model.layers", 12, 3) in changes

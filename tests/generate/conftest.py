@@ -8,7 +8,7 @@ import torch
 from teratron.checkpoint import LoadedModel
 from teratron.config import ModelConfig
 from teratron.data.tokenizer import ByteTokenizer
-from teratron.models import GPT, build_model, initialise
+from teratron.models import Model, build_model, initialise
 
 STYLES = {
     "gpt2": {"position": "learned", "norm": "layernorm", "tie_embeddings": True},
@@ -24,7 +24,7 @@ STYLES = {
 }
 
 
-def small_model(style: str, positions: int = 64) -> GPT:
+def small_model(style: str, positions: int = 64) -> Model:
     """A float64 model over bytes whose logits are far from uniform."""
     config = ModelConfig(layers=2, hidden=32, heads=4, seq_length=positions, vocab_size=257, init_std=0.4, **STYLES[style])
     model = build_model(config, dtype=torch.float64)
@@ -33,7 +33,7 @@ def small_model(style: str, positions: int = 64) -> GPT:
 
 
 @pytest.fixture(scope="session", params=list(STYLES))
-def model(request: pytest.FixtureRequest) -> GPT:
+def model(request: pytest.FixtureRequest) -> Model:
     """Each style in turn."""
     return small_model(request.param)
 

@@ -134,7 +134,7 @@ def test_refusals_name_the_value_and_the_way_out(loaded: LoadedModel) -> None:
 def test_sources_that_cannot_be_opened_are_refused(tmp_path: object) -> None:
     with pytest.raises(UserError, match="nothing-there"):
         generate(f"{tmp_path}/nothing-there", "Hi")
-    with pytest.raises(UserError, match="device = tpu"):
+    with pytest.raises(UserError, match="--device tpu: expected"):
         generate(f"{tmp_path}", "Hi", device="tpu")
     with pytest.raises(UserError, match="precision = fp8"):
         generate(f"{tmp_path}", "Hi", precision="fp8")

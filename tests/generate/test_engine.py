@@ -11,20 +11,20 @@ from teratron.generate import Sampling, TokenStream
 from teratron.generate.cache import KVCache
 from teratron.generate.engine import _prefill_mask, room_for
 from teratron.generate.sampler import choose, uniform
-from teratron.models import GPT
+from teratron.models import Model
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[72, 105], [256], [84, 104, 101, 32, 99, 97, 116, 32, 115, 97, 116], [10, 20, 30]]
 
 
-def all_logits(model: GPT, tokens: list[int]) -> Tensor:
+def all_logits(model: Model, tokens: list[int]) -> Tensor:
     """Logits [S, V] without a cache."""
     state = {"tokens": torch.tensor([tokens]), "positions": torch.arange(len(tokens))[None]}
     with torch.no_grad():
         return model.head.output(model(state)["hidden"])[0]
 
 
-def recomputed(model: GPT, prompt: list[int], count: int, sampling: Sampling = GREEDY) -> list[int]:
+def recomputed(model: Model, prompt: list[int], count: int, sampling: Sampling = GREEDY) -> list[int]:
     """The continuation by a full forward pass for each token: the plain meaning of generation."""
     tokens = list(prompt)
     for place in range(count):
@@ -40,7 +40,7 @@ def rows_of(stream: TokenStream, count: int) -> list[list[int]]:
     return rows
 
 
-def test_cached_logits_equal_full_logits(model: GPT) -> None:
+def test_cached_logits_equal_full_logits(model: Model) -> None:
     tokens = [5, 200, 17, 99, 3, 250, 42, 8]
     cache = KVCache(len(tokens))
     pieces = []
@@ -56,7 +56,7 @@ def test_cached_logits_equal_full_logits(model: GPT) -> None:
     torch.testing.assert_close(torch.cat(pieces), expected, rtol=0, atol=1e-10)
 
 
-def test_full_cache_refuses_more(model: GPT) -> None:
+def test_full_cache_refuses_more(model: Model) -> None:
     cache = KVCache(2)
     new = torch.zeros(1, model.config.key_value_heads, 3, model.config.head_features, dtype=torch.float64)
     with pytest.raises(IndexError, match="2 columns cannot hold 3"):
@@ -64,14 +64,14 @@ def test_full_cache_refuses_more(model: GPT) -> None:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=7), Sampling(0.7, top_k=20, top_p=0.9, seed=3)], ids=str)
-def test_batch_of_different_lengths_equals_recomputation_alone(model: GPT, sampling: Sampling) -> None:
+def test_batch_of_different_lengths_equals_recomputation_alone(model: Model, sampling: Sampling) -> None:
     expected = [recomputed(model, prompt, 20, sampling) for prompt in PROMPTS]
     assert rows_of(TokenStream(model, PROMPTS, sampling, 20), len(PROMPTS)) == expected
     assert [rows_of(TokenStream(model, [prompt], sampling, 20), 1)[0] for prompt in PROMPTS] == expected
     assert len({tuple(row) for row in expected}) == len(PROMPTS), "rows that all agree could hide a mix-up"
 
 
-def test_rows_that_end_leave_the_others_alone(model: GPT) -> None:
+def test_rows_that_end_leave_the_others_alone(model: Model) -> None:
     full = [recomputed(model, prompt, 20) for prompt in PROMPTS]
     stop_ids = {full[0][6], full[2][2]}
     expected = [row[: next((n for n, token in enumerate(row) if token in stop_ids), 20)] for row in full]
@@ -79,7 +79,7 @@ def test_rows_that_end_leave_the_others_alone(model: GPT) -> None:
     assert rows_of(TokenStream(model, PROMPTS, GREEDY, 20, stop_ids), len(PROMPTS)) == expected
 
 
-def test_reader_stops_a_row(model: GPT) -> None:
+def test_reader_stops_a_row(model: Model) -> None:
     full = [recomputed(model, prompt, 12) for prompt in PROMPTS]
     stream = TokenStream(model, PROMPTS, GREEDY, 12)
     rows: list[list[int]] = [[] for _ in PROMPTS]
@@ -91,7 +91,7 @@ def test_reader_stops_a_row(model: GPT) -> None:
     assert rows == [full[0], full[1][:5], full[2], full[3]]
 
 
-def test_rows_reach_the_last_position_together_with_shorter_ones(model: GPT) -> None:
+def test_rows_reach_the_last_position_together_with_shorter_ones(model: Model) -> None:
     prompts = [[1] * 60, [2, 3]]
     rows = rows_of(TokenStream(model, prompts, GREEDY), 2)
     assert [len(row) for row in rows] == [4, 62], "without a number each row goes as far as its positions reach"
@@ -107,7 +107,7 @@ def test_real_tokens_see_the_real_ones_before_and_no_position_sees_nothing() -> 
             assert mask[row, query].nonzero()[:, 0].tolist() == seen, "a softmax over nothing is NaN in some kernels"
 
 
-def test_seed_of_a_row_gives_the_same_in_any_place(model: GPT) -> None:
+def test_seed_of_a_row_gives_the_same_in_any_place(model: Model) -> None:
     seeds = [11, 12, 13]
     together = rows_of(TokenStream(model, [PROMPTS[0]] * 3, Sampling(), 15, seeds=seeds), 3)
     reverse = rows_of(TokenStream(model, [PROMPTS[0]] * 3, Sampling(), 15, seeds=seeds[::-1]), 3)
@@ -115,12 +115,12 @@ def test_seed_of_a_row_gives_the_same_in_any_place(model: GPT) -> None:
     assert len({tuple(row) for row in together}) == 3
 
 
-def test_ids_above_vocab_are_never_chosen(model: GPT) -> None:
+def test_ids_above_vocab_are_never_chosen(model: Model) -> None:
     assert max(rows_of(TokenStream(model, [[1]], Sampling(temperature=5), 40), 1)[0]) >= 10
     assert max(rows_of(TokenStream(model, [[1]], Sampling(temperature=5), 40, vocab=10), 1)[0]) < 10
 
 
-def test_no_prompts_give_nothing(model: GPT) -> None:
+def test_no_prompts_give_nothing(model: Model) -> None:
     assert list(TokenStream(model, [], GREEDY, 5)) == []
 
 
@@ -133,12 +133,12 @@ def test_no_prompts_give_nothing(model: GPT) -> None:
         (0, 5, "the prompt has no tokens"),
     ],
 )
-def test_lengths_that_do_not_fit_are_refused(model: GPT, length: int, new: int, message: str) -> None:
+def test_lengths_that_do_not_fit_are_refused(model: Model, length: int, new: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         room_for([1] * length, model.config, new)
     assert room_for([1] * 60, model.config, 4) == 4
 
 
-def test_foreign_ids_are_refused(model: GPT) -> None:
+def test_foreign_ids_are_refused(model: Model) -> None:
     with pytest.raises(UserError, match="token 257, but the model's ids are 0 to 256"):
         TokenStream(model, [[1], [3, 257]], GREEDY, 5)

@@ -17,7 +17,7 @@ from teratron.generate import generate
 @pytest.fixture(autouse=True)
 def _opened(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any folder opens as the small model."""
-    monkeypatch.setattr("teratron.checkpoint.open_model", lambda source, device, dtype: loaded)
+    monkeypatch.setattr("teratron.checkpoint.open_model", lambda source, device, dtype, mesh: loaded)
 
 
 def continued(loaded: LoadedModel, prompt: str, seed: int = 0) -> str:
@@ -85,7 +85,7 @@ def test_stop_texts_and_tokenizer(loaded: LoadedModel, capsys: pytest.CaptureFix
         (["Hi", "--temperature", "-1"], "temperature = -1.0"),
         (["Hi", "--max-new-tokens", "100"], "ask for at most 62"),
         (["Hi", "--samples", "0"], "samples = 0"),
-        (["Hi", "--device", "tpu"], "device = tpu"),
+        (["Hi", "--device", "tpu"], "--device tpu: expected auto, cpu or cuda"),
         (["Hi", "--precision", "fp8"], "invalid choice: 'fp8'"),
     ],
 )

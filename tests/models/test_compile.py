@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from teratron.config import ModelConfig
-from teratron.models import build_model, initialise
-from teratron.models.random import mask_keys
+from teratron.models import build_model, initialise, with_dropout
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile on CPU needs a C++ compiler")
@@ -24,8 +23,8 @@ def test_compiled_blocks_equal_eager_ones_with_dropout() -> None:
     compiled.blocks["0"].compile()
     positions = torch.arange(8).expand(2, 8)
     state = {"tokens": torch.arange(16).view(2, 8), "positions": positions}
-    keys = mask_keys(1, 3, torch.arange(2), positions, torch.zeros_like(positions))
-    outputs = [model(dict(state), keys=keys)["hidden"] for model in (eager, compiled)]
+    state = with_dropout(state, eager.streams, 1, 3, torch.arange(2))
+    outputs = [model(dict(state))["hidden"] for model in (eager, compiled)]
     for output in outputs:
         output.square().sum().backward()
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from teratron.config import ModelConfig
-from teratron.models import GPT, State, build_model, initialise, load_parts, parts_of
-from teratron.models.gpt import Attention, Shared, document_mask
+from teratron.models import Model, State, build_model, initialise, load_parts, parts_of, with_dropout
+from teratron.models.blocks import Attention
 from teratron.models.leaves import AttentionCore
 from teratron.models.random import mask_keys
+from teratron.models.sight import Sight
+from teratron.models.units import Shared
 
 LENGTH, VOCAB = 16, 50
 GPT2 = ModelConfig(layers=2, hidden=32, heads=4, seq_length=LENGTH, vocab_size=VOCAB, vocab_multiple=16, init_std=0.3)
@@ -25,7 +27,7 @@ LLAMA = dataclasses.replace(
 STYLES = pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 
 
-def made(config: ModelConfig, seed: int = 1) -> GPT:
+def made(config: ModelConfig, seed: int = 1) -> Model:
     """A float64 model whose biases and norms are random too."""
     model = build_model(config, dtype=torch.float64)
     initialise(model, seed)
@@ -41,14 +43,13 @@ def state_of(batch: int = 3, seed: int = 0) -> State:
     return {"tokens": tokens, "positions": torch.arange(LENGTH).expand(batch, LENGTH)}
 
 
-def keys_of(state: State, step: int = 1) -> Tensor:
-    samples = torch.arange(len(state["tokens"]))
-    return mask_keys(9, step, samples, state["positions"], torch.zeros_like(state["positions"]))
+def dropped(model: Model, state: State, step: int = 1) -> State:
+    """The state of a training step."""
+    return with_dropout(state, model.streams, 9, step, torch.arange(len(state["tokens"])))
 
 
-def logits_of(model: GPT, state: State, keys: Tensor | None = None) -> Tensor:
-    assert model.head is not None
-    return model.head.output(model(state, keys=keys)["hidden"])
+def logits_of(model: Model, state: State) -> Tensor:
+    return model.head.output(model(state)["hidden"])
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
@@ -84,9 +85,10 @@ def test_fused_attention_equals_its_plain_twin(groups: int, isolated: bool) -> N
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, heads, LENGTH, 8) for heads in (4, groups, groups)]
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    mask = document_mask((torch.arange(LENGTH) // 6).expand(2, LENGTH)) if isolated else None
+    documents = (torch.arange(LENGTH) // 6).expand(2, LENGTH)
+    sight = Sight(True, segments=documents if isolated else None)
     core = AttentionCore(0.0, "core")
-    fused, plain = core(*inputs, mask, None), core.plain(*inputs, mask, None)
+    fused, plain = core(*inputs, sight, None), core.plain(*inputs, sight, None)
     assert_near(fused, plain)
     upstream = torch.randn(fused.shape, generator=generator, dtype=torch.float64)
     gradients = [torch.autograd.grad(output, inputs, upstream) for output in (fused, plain)]
@@ -100,12 +102,12 @@ def test_attention_dropout_keeps_the_expectation_and_only_works_with_keys() -> N
     core = AttentionCore(0.3, "core")
     positions = torch.arange(6).expand(samples, 6)
     keys = mask_keys(1, 1, torch.arange(samples), positions, torch.zeros_like(positions))
-    dropped = core(q.expand(samples, -1, -1, -1), k.expand(samples, -1, -1, -1), v.expand(samples, -1, -1, -1), None, keys)
-    expected = core(q, k, v, None, None)[0]
-    assert_near(expected, core.plain(q, k, v, None, None)[0])
-    errors = (dropped.mean(0) - expected) / (dropped.std(0) / math.sqrt(samples))
+    thinned = core(q.expand(samples, -1, -1, -1), k.expand(samples, -1, -1, -1), v.expand(samples, -1, -1, -1), Sight(True), keys)
+    expected = core(q, k, v, Sight(True), None)[0]
+    assert_near(expected, core.plain(q, k, v, Sight(True), None)[0])
+    errors = (thinned.mean(0) - expected) / (thinned.std(0) / math.sqrt(samples))
     assert errors.abs().max() < 5
-    assert (dropped.std(0) > 0).all()
+    assert (thinned.std(0) > 0).all()
 
 
 @STYLES
@@ -113,23 +115,22 @@ def test_dropout_is_off_without_keys_and_scales_features_with_them(config: Model
     state = state_of()
     model, dropping = made(config), made(dataclasses.replace(config, dropout=0.4, attention_dropout=0.2))
     assert torch.equal(logits_of(dropping, state), logits_of(model, state))
-    assert model.embedding is not None
-    assert dropping.embedding is not None
-    whole = model.embedding(state, Shared(state["positions"], None, None, None))["hidden"]
-    dropped = dropping.embedding(state, Shared(state["positions"], None, None, keys_of(state)))["hidden"]
-    kept = dropped != 0
-    torch.testing.assert_close(dropped[kept], whole[kept] / 0.6, rtol=1e-14, atol=0)
+    whole = model.units()[0](state, Shared(state["positions"], None, Sight(True), None))["hidden"]
+    keys = dropped(model, state)["keys"]
+    thinned = dropping.units()[0](state, Shared(state["positions"], None, Sight(True), keys))["hidden"]
+    kept = thinned != 0
+    torch.testing.assert_close(thinned[kept], whole[kept] / 0.6, rtol=1e-14, atol=0)
     assert 0.5 < kept.double().mean() < 0.7
 
 
 @STYLES
 def test_the_same_keys_give_identical_numbers_also_when_recomputed(config: ModelConfig) -> None:
     model, state = made(dataclasses.replace(config, dropout=0.3, attention_dropout=0.2)), state_of()
-    keys, other = keys_of(state), keys_of(state, step=2)
-    assert not torch.equal(logits_of(model, state, keys), logits_of(model, state, other))
+    one, other = dropped(model, state), dropped(model, state, step=2)
+    assert not torch.equal(logits_of(model, one), logits_of(model, other))
     gradients = []
     for recompute in (False, True):
-        shared, running = Shared(state["positions"], model.rotary(state["positions"]), None, keys), state
+        shared, running = model.shared(one, "", None), model.sent(one)
         for unit in model.units():
             again = {"use_reentrant": False, "preserve_rng_state": False}  # there is no generator to bring back
             running = checkpoint(unit, running, shared, **again) if recompute else unit(running, shared)
@@ -141,10 +142,10 @@ def test_the_same_keys_give_identical_numbers_also_when_recomputed(config: Model
 @STYLES
 def test_a_sample_is_the_same_in_any_batch_dropout_included(config: ModelConfig) -> None:
     model, state = made(dataclasses.replace(config, dropout=0.3, attention_dropout=0.2)), state_of(5)
-    keys = keys_of(state)
-    whole = logits_of(model, state, keys)
+    state = dropped(model, state)
+    whole = logits_of(model, state)
     for rows in (slice(0, 2), slice(3, 4)):
-        assert_near(logits_of(model, {name: values[rows] for name, values in state.items()}, keys[rows]), whole[rows])
+        assert_near(logits_of(model, {name: values[rows] for name, values in state.items()}), whole[rows])
 
 
 def test_grouped_heads_equal_repeated_key_value_heads() -> None:
@@ -159,7 +160,7 @@ def test_grouped_heads_equal_repeated_key_value_heads() -> None:
 
 
 def test_the_fused_projection_holds_q_k_v_in_order() -> None:
-    attention = Attention(dataclasses.replace(GPT2, kv_heads=2), layer=0).double()
+    attention = Attention(dataclasses.replace(GPT2, kv_heads=2), 0, "attention").double()
     generator = torch.Generator().manual_seed(0)
     for parameter in attention.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -172,8 +173,8 @@ def test_the_fused_projection_holds_q_k_v_in_order() -> None:
             projected = x @ attention.qkv.weight[rows].t() + attention.qkv.bias[rows]
             heads[kind] = projected.unflatten(-1, (-1, 8)).transpose(1, 2)
     assert {kind: tensor.shape[1] for kind, tensor in heads.items()} == {"q": 4, "k": 2, "v": 2}
-    mixed = attention.core.plain(heads["q"], heads["k"], heads["v"], None, None).transpose(1, 2).flatten(2)
-    assert_near(attention(x, Shared(torch.arange(x.shape[1])[None], None, None, None)), attention.output(mixed))
+    mixed = attention.core.plain(heads["q"], heads["k"], heads["v"], Sight(True), None).transpose(1, 2).flatten(2)
+    assert_near(attention(x, Shared(torch.arange(x.shape[1])[None], None, Sight(True), None)), attention.output(mixed))
 
 
 NORMS, ACTIVATIONS = ("layernorm", "rmsnorm"), ("gelu", "gelu_tanh", "relu", "swiglu", "geglu")
@@ -187,12 +188,12 @@ def test_every_combination_has_right_slopes(norm: str, activation: str, position
         GPT2, norm=norm, activation=activation, position=position, bias=plain, tie_embeddings=plain, qk_norm=not plain,
         kv_heads=4 if plain else 2, dropout=0.1, attention_dropout=0.0 if plain else 0.1,
     )  # fmt: skip
-    model, state = made(config), state_of(2)
-    keys, targets, weights = keys_of(state), state["tokens"].roll(-1, 1), torch.linspace(0, 1, 2 * LENGTH).view(2, LENGTH)
+    model = made(config)
+    state = dropped(model, state_of(2))
+    targets, weights = state["tokens"].roll(-1, 1), torch.linspace(0, 1, 2 * LENGTH).view(2, LENGTH)
 
     def loss() -> Tensor:
-        assert model.head is not None
-        return model.head.output.loss_sum(model(state, keys=keys)["hidden"], targets, weights)
+        return model.head.output.loss_sum(model(state)["hidden"], targets, weights)
 
     loss().backward()
     parameters, generator = list(model.parameters()), torch.Generator().manual_seed(3)

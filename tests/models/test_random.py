@@ -10,7 +10,7 @@ from torch import Tensor
 
 from teratron.config import ModelConfig
 from teratron.models import build_model, initialise, parts_of
-from teratron.models.random import ROW_BLOCK, feature_keys, keep_mask, mask_keys, normal_rows, seed_of
+from teratron.models.random import ROW_BLOCK, feature_keys, keep_mask, mask_keys, normal_box, seed_of
 
 SAMPLES, LENGTH, FEATURES = 8, 128, 256
 
@@ -94,19 +94,21 @@ SHAPE = (5 * ROW_BLOCK + 17, 24)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 64), (63, 65), (10, 200), (130, 131), (300, 337), (64, 128), (0, 337), (90, 90)])
-def test_any_range_of_rows_is_that_slice_of_the_whole(start: int, stop: int) -> None:
-    whole = normal_rows(5, "a.weight", SHAPE, 0, SHAPE[0])
-    assert torch.equal(normal_rows(5, "a.weight", SHAPE, start, stop), whole[start:stop])
+def test_any_region_is_that_slice_of_the_whole(start: int, stop: int) -> None:
+    whole = normal_box(5, "a.weight", SHAPE, (slice(0, SHAPE[0]), slice(0, SHAPE[1])))
+    for columns in (slice(0, SHAPE[1]), slice(3, 4), slice(9, SHAPE[1])):
+        assert torch.equal(normal_box(5, "a.weight", SHAPE, (slice(start, stop), columns)), whole[start:stop, columns])
 
 
 def test_initial_values_are_standard_normal_and_differ_by_seed_name_shape_and_block() -> None:
-    values = normal_rows(5, "a.weight", (4096, 64), 0, 4096).double()
+    everything = (slice(0, 4096), slice(0, 64))
+    values = normal_box(5, "a.weight", (4096, 64), everything).double()
     count = values.numel()
     assert abs(values.mean()) < 4 / math.sqrt(count)
     assert abs(values.std() - 1) < 4 / math.sqrt(2 * count)
     assert abs((values.abs() < 1).double().mean() - math.erf(math.sqrt(0.5))) < 4 * 0.47 / math.sqrt(count)
     variants = [(6, "a.weight", (4096, 64)), (5, "b.weight", (4096, 64)), (5, "a.weight", (8192, 64))]
-    others = [normal_rows(*variant, 0, 4096) for variant in variants] + [values.roll(ROW_BLOCK, 0)]
+    others = [normal_box(*variant, everything) for variant in variants] + [values.roll(ROW_BLOCK, 0)]
     for other in others:
         assert abs((values * other).mean()) < 4 / math.sqrt(count)
 

@@ -19,6 +19,7 @@ from teratron.config import Config, UserError
 from teratron.tasks import demo
 from teratron.train import trainer
 from teratron.train.commands import program
+from teratron.train.engine import Engine
 
 TINY = {
     "model.layers": 1,
@@ -69,14 +70,14 @@ def short(folder: Path) -> int:
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
-    train_step = trainer.train_step
+    made = Engine.step
 
     def stepped(*args: Any, step: int, **kwargs: Any) -> Any:
         if step == number:
             action()
-        return train_step(*args, step=step, **kwargs)
+        return made(*args, step=step, **kwargs)
 
-    monkeypatch.setattr(trainer, "train_step", stepped)
+    monkeypatch.setattr(Engine, "step", stepped)
 
 
 def test_one_command_does_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +154,7 @@ def test_a_demo_killed_after_training_only_finishes(
         patch.setattr(demo, "generate", killed)
         assert short(folder) == 130
     assert (len(events(folder, "baseline")), len(events(folder, "sample"))) == (1, 0)
-    monkeypatch.setattr(trainer, "train_step", killed)
+    monkeypatch.setattr(Engine, "step", killed)
     assert run(folder) == 0
     assert (len(events(folder, "baseline")), len(events(folder, "sample"))) == (1, len(demo.PROMPTS))
 
@@ -169,7 +170,7 @@ def test_a_finished_demo_shows_its_results_again_and_does_nothing_else(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("done already")
 
-    for module, name in ((trainer, "train_step"), (demo, "train_step"), (demo, "generate"), (demo, "bigram_loss"), (demo, "prepare")):
+    for module, name in ((Engine, "step"), (demo, "generate"), (demo, "bigram_loss"), (demo, "prepare")):
         monkeypatch.setattr(module, name, refuse)
     assert run(folder) == 0
     again = capsys.readouterr().out

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny, write_text
+from tiny import losses, tiny, write_text
 
 from teratron.config import UserError
 from teratron.data.indexed import IndexedDataset
@@ -37,8 +37,8 @@ def direct_mean(made: Trainer, windows: int | None = None) -> tuple[float, int]:
         row = held_out[start : start + length + 1]
         positions = torch.arange(len(row) - 1)[None]
         with torch.no_grad():
-            hidden = made.model({"tokens": row[None, :-1], "positions": positions})["hidden"]
-            total += float(F.cross_entropy(made.model.head.output(hidden)[0], row[1:], reduction="sum"))  # type: ignore[union-attr]
+            hidden = made.engine.model({"tokens": row[None, :-1], "positions": positions})["hidden"]
+            total += float(F.cross_entropy(made.engine.model.head.output(hidden)[0], row[1:], reduction="sum"))
         count += len(row) - 1
     return total / count, count
 
@@ -62,10 +62,19 @@ def test_fewer_batches_are_the_first_ones(text: Path, tmp_path: Path, batches: i
 
 def test_nothing_is_dropped_and_nothing_is_changed(text: Path, tmp_path: Path) -> None:
     made = trainer(text, tmp_path / "run", model__dropout=0.5)
-    before = [bucket.master.clone() for bucket in made.optimizer.buckets]
+    before = [bucket.master.clone() for bucket in made.engine.flat.buckets]
     assert made.evaluate() == made.evaluate() == pytest.approx(direct_mean(made)[0], rel=1e-12)
-    assert all(torch.equal(a, bucket.master) for a, bucket in zip(before, made.optimizer.buckets, strict=True))
-    assert all(float(bucket.gradient.abs().max()) == 0 for bucket in made.optimizer.buckets)
+    assert all(torch.equal(a, bucket.master) for a, bucket in zip(before, made.engine.flat.buckets, strict=True))
+    assert all(float(bucket.gradient.abs().max()) == 0 for bucket in made.engine.flat.buckets)
+
+
+def test_evaluation_is_never_smoothed(text: Path, tmp_path: Path) -> None:
+    made = trainer(text, tmp_path / "run", objective__label_smoothing=0.3)
+    assert made.evaluate() == pytest.approx(direct_mean(made)[0], rel=1e-12)
+    made.train()
+    (first, *_) = losses(tmp_path / "run").values()
+    trainer(text, tmp_path / "plain").train()
+    assert first != pytest.approx(next(iter(losses(tmp_path / "plain").values())), rel=1e-3), "or training would not be smoothed either"
 
 
 def test_without_held_out_data_there_is_nothing_to_evaluate(text: Path, tmp_path: Path) -> None:

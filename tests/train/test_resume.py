@@ -18,6 +18,7 @@ from teratron.cli.main import main
 torch.set_num_threads(1)
 from teratron.checkpoint import format as writer
 from teratron.train import trainer
+from teratron.train.engine import Engine
 trainer.measure_peak = lambda device, dtype: 1e11  # a third of a second each time
 
 def kill_at(module, name, number):
@@ -52,10 +53,10 @@ def interrupted(job, points, draw):
     codes = {"plain": attempt(plain, job["log"]), "cut": [], "shaken": []}
     seconds = time.monotonic() - start
     for module, name, number in points:
-        modules = {"os": os, "writer": writer, "trainer": trainer}
+        modules = {"os": os, "writer": writer, "trainer": trainer, "engine": Engine}
         codes["cut"].append(attempt(cut, job["log"], lambda: kill_at(modules[module], name, number)))
-    for _ in range(5):
-        codes["shaken"].append(attempt(shaken, job["log"], seconds=draw.uniform(0.2, 0.8) * seconds))
+    for share in (0.1, 0.2, 0.3, 0.4, 0.5):  # the first comes early enough also where the machine was busier a moment ago
+        codes["shaken"].append(attempt(shaken, job["log"], seconds=draw.uniform(share, 2 * share) * seconds))
     codes["ends"] = [attempt(cut, job["log"]), attempt(shaken, job["log"])]
     return codes
 
@@ -66,20 +67,22 @@ print(json.dumps([interrupted(job, request["points"], draw) for job in request["
 """Forks a process a command, so that torch is imported once; each is killed by itself at a call, or from outside at a moment."""
 
 POINTS = [
-    ("trainer", "train_step", 2),  # before anything was saved
-    ("trainer", "train_step", 5),
+    ("engine", "step", 2),  # before anything was saved
+    ("engine", "step", 5),
     ("writer", "_write_safetensors", 1),
     ("os", "fsync", 3),
     ("writer", "_publish", 2),
     ("os", "rename", 2),
-    ("trainer", "evaluate", 1),
+    ("engine", "evaluate", 1),
     ("writer", "_remove_leftovers", 2),
     ("trainer", "write_report", 1),
 ]
 """What a process does for the n-th time when it is killed."""
 
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
+SCALES = {"optim__initial_loss_scale": 2**22, "optim__loss_scale_window": 3, "optim__loss_scale_hysteresis": 1}
+"""Of fp16: overflows all along."""
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = write_text(folder / "text.txt")
     jobs = []
     for precision in PRECISIONS:
-        keys = options(data__text=text, train__precision=precision, train__steps=24, train__eval_every=4, checkpoint__every=3)
+        keys = options(data__text=text, train__precision=precision, train__steps=24, train__eval_every=4, checkpoint__every=3, **SCALES)
         places = {name: str(folder / precision / name) for name in ("plain", "cut", "shaken", "log")}
         (folder / precision).mkdir()
         jobs.append({"command": ["train", *keys, "--device", "cpu"], **places})
@@ -134,3 +137,9 @@ def test_it_went_on_from_checkpoints(killed: Path, precision: str) -> None:
     resumed = [event["step"] for event in events(killed / precision / "cut", "resume")]
     assert resumed == sorted(resumed)
     assert len(set(resumed)) >= 3, "else it always began again"
+
+
+def test_updates_were_skipped_before_and_after_the_kills(killed: Path) -> None:
+    """Or the scale of float16 would have had nothing to go wrong with."""
+    steps = events(killed / "fp16" / "plain", "step")
+    assert {event.get("skipped", False) for event in steps[:12]} == {event.get("skipped", False) for event in steps[12:]} == {True, False}

@@ -1,7 +1,7 @@
 """The checkpoint on disk: safetensors files under one JSON manifest with checksums, complete marker last (contract C10).
 
     step-00000100/
-      rank-00000.safetensors   pieces of tensors, raw little-endian numbers behind a JSON header
+      rank-00000.safetensors   pieces of tensors, raw little-endian numbers behind a JSON header; one file a rank
       manifest.json            step, state, config, where every piece of every tensor lies, each file's size and SHA-256
       COMPLETE                 the manifest's SHA-256
 
@@ -11,24 +11,24 @@ checkpoint intact and nothing that looks whole. Tensors and JSON only; nothing i
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from teratron.checkpoint.agree import ALONE, agree, gather_json
+from teratron.checkpoint.manifest import StoredPiece, describe_pieces, join_descriptions, plan_pieces
+from teratron.checkpoint.stream import Entry, write_safetensors
 from teratron.config import UserError
+from teratron.parallel.boxes import Piece
+from teratron.parallel.mesh import Group
 
 FORMAT, VERSION = "teratron-checkpoint", 1
-TENSORS = "rank-00000.safetensors"
-_SAFETENSORS_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
-_BLOCK = 2**24
 _NO_ROOM = {
     errno.ENOSPC: "disk full",
     errno.EDQUOT: "disk quota exceeded",
@@ -36,34 +36,65 @@ _NO_ROOM = {
 }
 
 
-def write_checkpoint(folder: Path, tensors: Sequence[tuple[str, Tensor]], content: dict[str, Any], extra: Iterable[Path] = ()) -> None:
-    """Write a checkpoint folder atomically; one writer at a time, which the run's lock sees to.
+def write_checkpoint(
+    folder: Path, pieces: Iterable[Piece], content: Mapping[str, Any], extra: Iterable[Path] = (), group: Group = ALONE
+) -> None:
+    """Write a checkpoint folder atomically: a collective, in which each rank writes the pieces that it is the first to hold.
 
-    Args: tensors are (name, contiguous view) with full shapes; content is JSON for the manifest; extra are small files or
-    folders that are copied in. Raises `UserError` when the disk is full or not writable; earlier checkpoints stay intact.
+    One job at a time writes, which the run's lock sees to; the folder lies on a file system that all ranks share.
+
+    Args: content is JSON for the manifest; extra are small files or folders that are copied in (both are rank 0's). Raises the
+    same `UserError` on all ranks when any of them cannot write; earlier checkpoints stay intact.
     """
+    planned = plan_pieces(_saved(pieces), tensor_file(group.rank))
+    tensors = join_descriptions(gather_json(group, describe_pieces(planned)))
+    needed = checkpoint_bytes((piece for piece, _ in planned), group)
     partial = folder.with_name(f".{folder.name}.partial")
-    needed = checkpoint_bytes(tensors)
+
+    @_refusing(folder, needed)
+    def begin() -> None:
+        if group.rank == 0:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(folder.parent)
+            check_space(folder.parent, needed)
+            partial.mkdir()
+
+    @_refusing(folder, needed)
+    def write() -> dict[str, Any]:
+        return _write_safetensors(partial, planned) if planned else {}
+
+    @_refusing(folder, needed)
+    def finish() -> None:
+        if group.rank == 0:
+            copied = [_copy(source, partial) for source in extra]
+            files = {name: entry for some in (*written, *copied) for name, entry in some.items()}
+            _seal(partial, {"format": FORMAT, "version": VERSION, **content, "tensors": tensors, "files": files})
+            _publish(partial, folder)
+
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder.parent)
-        check_space(folder.parent, needed)
-        partial.mkdir()
-        files = {TENSORS: _write_safetensors(partial / TENSORS, tensors)}
-        for source in extra:
-            files |= _copy(source, partial)
-        manifest = {"format": FORMAT, "version": VERSION, **content, "tensors": _describe(tensors), "files": files}
-        marker = write_synced(partial / "manifest.json", json.dumps(manifest, indent=1).encode())["sha256"]
-        write_synced(partial / "COMPLETE", str(marker).encode())
-        _publish(partial, folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise _refusal(folder, error, needed) from None
+        agree(group, begin)
+        written = agree(group, write)
+        agree(group, finish)
+    except UserError:
+        if group.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
-def checkpoint_bytes(tensors: Iterable[tuple[str, Tensor]]) -> int:
-    """Disk space that a checkpoint of these tensors takes, with room for its manifest and small files."""
-    return sum(tensor.nbytes for _, tensor in tensors) + 2**20
+def tensor_file(rank: int) -> str:
+    """The name of a rank's file of tensors."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def checkpoint_bytes(pieces: Iterable[Piece], group: Group = ALONE) -> int:
+    """Disk space that a checkpoint of all ranks' pieces takes, with room for its manifest and small files; a collective."""
+    mine = sum(piece.values.nbytes for piece in _saved(pieces))
+    return int(sum(gather_json(group, mine))) + 2**20
+
+
+def _saved(pieces: Iterable[Piece]) -> list[Piece]:
+    """Those that this rank writes."""
+    return [piece for piece in pieces if piece.first and piece.values.numel()]
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -87,47 +118,19 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _describe(tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
-    """Each tensor's dtype, full shape and pieces; a piece is a list of boxes in the full shape."""
-    return {
-        name: {
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": list(tensor.shape),
-            "pieces": [{"file": TENSORS, "key": name, "boxes": [{"offset": [0] * tensor.dim(), "size": list(tensor.shape)}]}],
-        }
-        for name, tensor in tensors
-    }
+def _write_safetensors(partial: Path, planned: Sequence[tuple[Piece, StoredPiece]]) -> dict[str, Any]:
+    """Write this rank's file; returns its size and SHA-256 by its name."""
+    if not partial.is_dir():
+        raise UserError(f"{partial.parent}: not seen by every rank: give a --run folder on a file system that all nodes share")
+    name = planned[0][1].file
+    entries = [Entry(stored.key, piece.values.dtype, stored.shape, piece.values.detach) for piece, stored in planned]
+    return {name: write_safetensors(partial / name, entries)}
 
 
-def _write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> dict[str, Any]:
-    """Stream tensors into a safetensors file without a second copy in memory; returns its size and SHA-256."""
-    header = _safetensors_header(tensors)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for chunk in (len(header).to_bytes(8, "little"), header):
-            file.write(chunk)
-            digest.update(chunk)
-        for _, tensor in tensors:
-            raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            for start in range(0, raw.nbytes, _BLOCK):
-                block = raw[start : start + _BLOCK].data
-                file.write(block)
-                digest.update(block)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _safetensors_header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
-    """Where each tensor lies behind the header, as JSON padded to 8 bytes."""
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, tensor in tensors:
-        place = [offset, offset + tensor.nbytes]
-        header[name] = {"dtype": _SAFETENSORS_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
-        offset += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
+def _seal(partial: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest and, last, the marker that the checkpoint is complete."""
+    marker = write_synced(partial / "manifest.json", json.dumps(manifest, indent=1).encode())["sha256"]
+    write_synced(partial / "COMPLETE", str(marker).encode())
 
 
 def _copy(source: Path, target: Path) -> dict[str, dict[str, Any]]:
@@ -143,11 +146,11 @@ def _copy(source: Path, target: Path) -> dict[str, dict[str, Any]]:
 def _publish(partial: Path, folder: Path) -> None:
     """Rename into place; a damaged former folder of the same step is moved aside first and removed last."""
     for place in (*(p for p in partial.rglob("*") if p.is_dir()), partial):
-        _sync_folder(place)
+        sync_folder(place)
     if folder.exists():
         folder.rename(folder.with_name(f".{folder.name}.replaced"))
     partial.rename(folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
     _remove_leftovers(folder.parent)
 
 
@@ -157,7 +160,8 @@ def _remove_leftovers(parent: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -165,10 +169,15 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _refusal(folder: Path, error: OSError, needed: int) -> UserError:
-    if error.errno in _NO_ROOM:
-        return _no_room(folder.parent, _NO_ROOM[error.errno], needed)
-    return UserError(f"{folder}: cannot write the checkpoint: {error.strerror or error}; earlier checkpoints are intact")
+@contextlib.contextmanager
+def _refusing(folder: Path, needed: int) -> Iterator[None]:
+    """Turn the operating system's refusal to write a checkpoint into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise _no_room(folder.parent, _NO_ROOM[error.errno], needed) from None
+        raise UserError(f"{folder}: cannot write the checkpoint: {error.strerror or error}; earlier checkpoints are intact") from None
 
 
 def _no_room(folder: Path, reason: str, needed: int) -> UserError:

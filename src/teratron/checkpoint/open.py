@@ -1,4 +1,4 @@
-"""Open a model for use: from a run, a checkpoint, or a Hugging Face folder."""
+"""Open a model for use: from a run, a checkpoint, a file of weights, or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from pathlib import Path
 
 import torch
 
+from teratron.checkpoint.agree import agree
 from teratron.checkpoint.huggingface import is_huggingface, load_huggingface
 from teratron.checkpoint.reader import Checkpoint, newest_checkpoint, open_checkpoint
-from teratron.config import ModelConfig, UserError, nearest
+from teratron.checkpoint.tensors import fill_pieces
+from teratron.checkpoint.weights import read_weights
+from teratron.config import Config, ModelConfig, ParallelConfig, UserError, nearest
 from teratron.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from teratron.models import GPT, build_model, load_parts
+from teratron.models import GPT, load_parts, parts_of
+from teratron.models.parts import check_parts
+from teratron.parallel.apply import cut_model, materialise
+from teratron.parallel.boxes import Box, Piece
+from teratron.parallel.mesh import Mesh, check_layout
 
 
 @dataclass(frozen=True)
@@ -26,41 +33,89 @@ class LoadedModel:
     """What was opened, for messages."""
 
 
-def open_model(source: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
-    """Open a run folder (its newest good checkpoint), a checkpoint folder or a Hugging Face folder.
+def open_model(
+    source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, mesh: Mesh | None = None
+) -> LoadedModel:
+    """Open a run folder (its newest good checkpoint), a checkpoint folder, a file of `teratron convert` or a Hugging Face folder.
 
-    dtype: None = float32, or float64 for a run in fp64. Raises `UserError` for anything else.
+    Args: dtype: None = float32, or float64 for a run in fp64. mesh: cut the model over its tensor ranks; None = whole. A rank
+    reads no more than it holds. Raises `UserError` for anything else.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        near = nearest(folder.name, [p.name for p in folder.parent.iterdir() if p.is_dir()]) if folder.parent.is_dir() else ""
-        raise UserError(f"{folder}: no such run, checkpoint or model folder{near}")
-    if is_huggingface(folder):
-        config, tensors = load_huggingface(folder)
-        return LoadedModel(_fill(config, tensors, device, dtype or torch.float32), config, _tokenizer(folder), str(folder))
-    checkpoint = _checkpoint(folder)
+    path, mesh = Path(source), mesh or Mesh()
+    if path.is_file():
+        run, step, tensors = read_weights(path)
+        model = _empty(run.model, device, dtype or _native(run), mesh)
+        load_parts(model, tensors)
+        return LoadedModel(model, run.model, None, f"{path} (step {step:,})")
+    if path.is_dir() and is_huggingface(path):
+        config, tensors = load_huggingface(path)
+        model = _empty(config, device, dtype or torch.float32, mesh)
+        load_parts(model, tensors)
+        return LoadedModel(model, config, _tokenizer(path), str(path))
+    checkpoint = _same_checkpoint(path, mesh)
     run = checkpoint.config()
-    native = torch.float64 if run.train.precision == "fp64" else torch.float32
-    model = _fill(run.model, checkpoint.load("weight/"), device, dtype or native)
-    return LoadedModel(model, run.model, _tokenizer(checkpoint.folder / "tokenizer"), f"{folder} (step {checkpoint.step:,})")
+    model = _empty(run.model, device, dtype or _native(run), mesh)
+    _fill(model, checkpoint)
+    return LoadedModel(model, run.model, _tokenizer(checkpoint.folder / "tokenizer"), f"{path} (step {checkpoint.step:,})")
 
 
-def _checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint that a folder is, or the newest good one of a run."""
+def find_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
+    """The checkpoint that a folder is, or the newest good one of a run; what is passed over is named on standard error.
+
+    verify: compare checksums, else look at the manifest only. Raises `UserError` when there is none.
+    """
+    if not folder.is_dir():
+        near = nearest(folder.name, [p.name for p in folder.parent.iterdir()]) if folder.parent.is_dir() else ""
+        raise UserError(f"{folder}: no such run, checkpoint or model{near}")
     if (folder / "manifest.json").is_file():
         checkpoint = open_checkpoint(folder)
-        checkpoint.verify()
+        if verify:
+            checkpoint.verify()
         return checkpoint
-    newest = newest_checkpoint(folder, lambda text: print(text, file=sys.stderr))
+    newest = newest_checkpoint(folder, lambda text: print(text, file=sys.stderr), verify)
     if newest is None:
         raise UserError(f"{folder}: no checkpoint here; give a run folder of `teratron train`, a checkpoint, or a Hugging Face folder")
     return newest
 
 
-def _fill(config: ModelConfig, tensors: dict[str, torch.Tensor], device: str, dtype: torch.dtype) -> GPT:
-    model = build_model(config, device=device, dtype=dtype)
-    load_parts(model, tensors)
+def _same_checkpoint(folder: Path, mesh: Mesh) -> Checkpoint:
+    """What rank 0 finds and verifies, on every rank."""
+    found: list[Checkpoint] = []
+
+    def look() -> str:
+        if mesh.rank == 0:
+            found.append(find_checkpoint(folder))
+        return str(found[0].folder) if found else ""
+
+    name = agree(mesh.all, look)[0]
+    return found[0] if found else open_checkpoint(Path(name))
+
+
+def _native(config: Config) -> torch.dtype:
+    return torch.float64 if config.train.precision == "fp64" else torch.float32
+
+
+def _empty(config: ModelConfig, device: str | torch.device, dtype: torch.dtype, mesh: Mesh) -> GPT:
+    """A model, or this rank's share of it, filled with zeros."""
+    check_layout(config, ParallelConfig(tensor=mesh.tensor.size))
+    model = cut_model(config, mesh, dtype=dtype)
+    if not isinstance(model, GPT):
+        raise UserError(f"model.family = {config.family}: expected gpt: this family does not continue text")
+    materialise(model, device)
     return model.eval()
+
+
+def _fill(model: GPT, checkpoint: Checkpoint) -> None:
+    """Read the weights, however they were cut."""
+    prefix, parts = "weight/", parts_of(model)
+    stored = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}
+    check_parts(parts, {name: tuple(tensor.shape) for name, tensor in stored.items()})
+    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+    pieces = [
+        Piece(f"{prefix}{part.name}", part.shape, (Box(part.offset, part.size),), part.of(parameters[part.parameter]).view(-1))
+        for part in parts
+    ]
+    fill_pieces(checkpoint.folder, checkpoint.tensors, pieces)
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:

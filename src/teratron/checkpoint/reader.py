@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from teratron.checkpoint.format import FORMAT, VERSION, file_digest
-from teratron.config import Config, UserError
+from teratron.checkpoint.manifest import StoredTensor, read_tensors, whole
+from teratron.checkpoint.tensors import USE_EARLIER, TensorFiles
+from teratron.config import Config, UserError, nearest
 from teratron.config.config import flatten
-
-USE_EARLIER = "use an earlier checkpoint"
+from teratron.parallel.boxes import Box
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Checkpoint:
 
     folder: Path
     manifest: dict[str, Any]
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
 
     @property
     def step(self) -> int:
@@ -35,31 +36,29 @@ class Checkpoint:
         """The config that made it."""
         return Config().override(flatten(self.manifest["config"], f"{self.folder}/manifest.json"))
 
+    def open(self) -> TensorFiles:
+        """Its tensor files, to read many regions; a context manager."""
+        return TensorFiles(self.folder, self.tensors)
+
+    def read(self, name: str, box: Box) -> Tensor:
+        """A region of a tensor, such as a rank's share of `weight/blocks.0.attention.q.weight`, whatever pieces it was saved in.
+
+        Memory-mapped where one piece holds it. Raises `UserError` for an unknown name or a damaged file, `ValueError` for a
+        box outside the tensor.
+        """
+        if name not in self.tensors:
+            raise UserError(f"{self.folder}: holds no {name}{nearest(name, self.tensors)}")
+        with self.open() as files:
+            return files.read(name, box)
+
     def load(self, prefix: str = "") -> dict[str, Tensor]:
-        """All tensors whose name begins with a prefix, such as `weight/`, by the rest of their name, memory-mapped.
+        """All tensors whose name begins with a prefix, such as `weight/`, by the rest of their name; memory-mapped where whole.
 
         Raises `UserError` when a file is missing or does not hold what the manifest says.
         """
-        from safetensors import SafetensorError, safe_open
-
-        tensors: dict[str, Tensor] = {}
-        files: dict[str, Any] = {}
-        try:
-            with ExitStack() as stack:
-                for name, entry in self.manifest["tensors"].items():
-                    if not name.startswith(prefix):
-                        continue
-                    (piece,) = entry["pieces"]
-                    if piece["file"] not in files:
-                        files[piece["file"]] = stack.enter_context(safe_open(self.folder / piece["file"], framework="pt"))
-                    tensor = files[piece["file"]].get_tensor(piece["key"])
-                    found, promised = [str(tensor.dtype), list(tensor.shape)], [f"torch.{entry['dtype']}", entry["shape"]]
-                    if found != promised:
-                        raise ValueError(f"{name} is {found}, the manifest says {promised}")
-                    tensors[name.removeprefix(prefix)] = tensor
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{self.folder}: damaged checkpoint: {error}; {USE_EARLIER}") from None
-        return tensors
+        found = [tensor for name, tensor in self.tensors.items() if name.startswith(prefix)]
+        with self.open() as files:
+            return {tensor.name.removeprefix(prefix): files.read(tensor.name, whole(tensor.shape)) for tensor in found}
 
     def verify(self) -> None:
         """Compare every file with its recorded size and SHA-256; raises `UserError` naming the first that differs."""
@@ -93,29 +92,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         found = f"{manifest.get('format')!r} version {manifest.get('version')!r}"
         if found != f"{FORMAT!r} version {VERSION}":
             raise UserError(f"{folder}: found format {found}, expected {FORMAT!r} version {VERSION}: use the release that wrote it")
-        _check_manifest(manifest)
+        tensors = read_tensors(manifest)
         _check_name(folder, manifest["step"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a checkpoint's manifest: {type(error).__name__}: {error}; {USE_EARLIER}") from None
-    return Checkpoint(folder, manifest)
-
-
-def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Refuse what no writer makes, by any of the errors that `open_checkpoint` turns into a sentence."""
-    if not isinstance(manifest["step"], int) or not isinstance(manifest["config"], dict):
-        raise TypeError("step is no integer or config no object")
-    for name, recorded in manifest["files"].items():
-        parts = PurePosixPath(name).parts
-        if not parts or parts[0] == "/" or ".." in parts:
-            raise ValueError(f"file '{name}' lies outside the checkpoint")
-        if not isinstance(recorded["bytes"], int) or not isinstance(recorded["sha256"], str):
-            raise TypeError(f"size or checksum of file '{name}'")
-    for name, entry in manifest["tensors"].items():
-        shape, pieces = entry["shape"], entry["pieces"]
-        if len(pieces) != 1 or pieces[0]["boxes"] != [{"offset": [0] * len(shape), "size": shape}]:
-            raise ValueError(f"tensor '{name}' is cut into pieces, which this release does not read")
-        if pieces[0]["file"] not in manifest["files"] or not isinstance(pieces[0]["key"], str):
-            raise ValueError(f"tensor '{name}' lies in no file of the checkpoint")
+    return Checkpoint(folder, manifest, tensors)
 
 
 def _check_name(folder: Path, step: int) -> None:
@@ -131,16 +112,17 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def newest_checkpoint(run: Path, warn: Callable[[str], None], verify: bool = True) -> Checkpoint | None:
     """The newest checkpoint of a run that verifies; damaged ones are named to `warn` and passed over.
 
-    Raises `UserError` when there are checkpoints but none is good.
+    verify: compare checksums, else look at the manifests only. Raises `UserError` when there are checkpoints but none is good.
     """
     damaged = 0
     for folder in checkpoint_folders(run):
         try:
             checkpoint = open_checkpoint(folder)
-            checkpoint.verify()
+            if verify:
+                checkpoint.verify()
         except UserError as error:
             damaged += 1
             warn(f"skipped a damaged checkpoint: {error}")

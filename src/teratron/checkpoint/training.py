@@ -1,19 +1,23 @@
-"""A training run's checkpoints: optimizer and model state in, state of a step out, old ones removed."""
+"""A training run's checkpoints: the ranks' pieces of its state in and out, whatever the layout; old checkpoints removed."""
 
 from __future__ import annotations
 
 import shutil
+import time
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
-
+from teratron.checkpoint.agree import ALONE, agree, gather_json
 from teratron.checkpoint.format import write_checkpoint
 from teratron.checkpoint.reader import Checkpoint, checkpoint_folders
+from teratron.checkpoint.tensors import fill_pieces
 from teratron.config import Config, UserError
-from teratron.optim import AdamW
+from teratron.optim import LossScale
+from teratron.parallel.boxes import Piece
+from teratron.parallel.mesh import Group
 
 
 @dataclass(frozen=True)
@@ -28,27 +32,40 @@ class TrainingState:
     """Time spent in training steps."""
     phases: tuple[int, ...] = ()
     """Steps of each phase of the sample order; more steps append one (contract C14)."""
+    skipped: int = 0
+    """Steps whose update was skipped, since their gradient was not finite."""
+    loss_scale: LossScale | None = None
+    """Of fp16; None = as a run begins."""
 
 
-def state_tensors(optimizer: AdamW) -> list[tuple[str, Tensor]]:
-    """All tensors of a run's state as (`weight/PART` | `moment1/PART` | `moment2/PART`, view in master precision)."""
-    return [(f"{kind}/{part.name}", view) for kind, part, view in optimizer.tensors()]
+def save_training(
+    run: Path,
+    config: Config,
+    pieces: Iterable[Piece],
+    state: TrainingState,
+    extra: Iterable[Path] = (),
+    group: Group = ALONE,
+    layout: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `checkpoints/step-NNNNNNNN`, then remove those beyond `checkpoint.keep`; a collective. Returns the folder.
 
-
-def save_training(run: Path, config: Config, optimizer: AdamW, state: TrainingState, extra: Iterable[Path] = ()) -> Path:
-    """Write `checkpoints/step-NNNNNNNN` and then remove those beyond `checkpoint.keep`; returns the folder.
-
-    extra: small files or folders that travel with it, such as the tokenizer. Raises `UserError` when it cannot be written.
+    Args: pieces are what this rank holds of the training state; extra are small files or folders that travel with it, such as
+    the tokenizer; layout is JSON that says how the model was cut, for `teratron inspect`. Raises the same `UserError` on all
+    ranks when it cannot be written.
     """
     folder = run / "checkpoints" / f"step-{state.step:08d}"
-    content = {"step": state.step, "state": asdict(state), "config": tomllib.loads(config.to_toml())}
-    write_checkpoint(folder, state_tensors(optimizer), content, extra)
-    if config.checkpoint.keep:
-        folders = checkpoint_folders(run)
-        # A folder of a later step is a damaged one that was passed over: it must not push out a good one.
-        for old in folders[folders.index(folder) + config.checkpoint.keep :]:
-            _remove(old)
+    content = {"step": state.step, "state": asdict(state), "config": tomllib.loads(config.to_toml()), "time": time.time()}
+    content["layout"] = dict(layout) if layout is not None else {"ranks": group.size}
+    write_checkpoint(folder, pieces, content, extra, group)
+    agree(group, lambda: _remove_old(run, folder, config.checkpoint.keep) if group.rank == 0 else None)
     return folder
+
+
+def _remove_old(run: Path, folder: Path, keep: int) -> None:
+    folders = checkpoint_folders(run)
+    # A folder of a later step is a damaged one that was passed over: it must not push out a good one.
+    for old in folders[folders.index(folder) + keep :] if keep else ():
+        _remove(old)
 
 
 def _remove(folder: Path) -> None:
@@ -63,24 +80,43 @@ def saved_state(checkpoint: Checkpoint) -> TrainingState:
     try:
         saved = checkpoint.manifest["state"]
         phases = tuple(int(steps) for steps in saved["phases"])
-        return TrainingState(int(saved["step"]), int(saved["tokens"]), float(saved["seconds"]), phases)
+        found = saved.get("loss_scale")
+        scale = LossScale(float(found["scale"]), int(found["clean"]), int(found["overflows"])) if found else None
+        return TrainingState(int(saved["step"]), int(saved["tokens"]), float(saved["seconds"]), phases, int(saved.get("skipped", 0)), scale)
     except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{checkpoint.folder}/manifest.json: holds no state of a training run: it can be used, not trained on") from None
 
 
-def load_training(checkpoint: Checkpoint, optimizer: AdamW) -> None:
-    """Fill masters and moments; padding of the vocabulary becomes zero.
+def load_training(checkpoint: Checkpoint, pieces: Iterable[Piece], group: Group = ALONE) -> None:
+    """Fill every rank's pieces, however the checkpoint's were cut; a collective. What no piece covers is left as it is.
 
-    Raises `UserError` naming the part when the checkpoint belongs to another model; the optimizer is then of no use.
+    Raises the same `UserError` on all ranks, naming the part, when the checkpoint is damaged or belongs to another model or
+    optimizer; what was filled until then is of no use.
     """
-    optimizer.zero()
-    stored = checkpoint.load()
-    for name, view in state_tensors(optimizer):
-        tensor = stored.pop(name, None)
-        if tensor is None or tensor.shape != view.shape:
+    mine = list(pieces)
+    wanted: dict[str, list[int]] = {}
+    for names in gather_json(group, {piece.name: list(piece.shape) for piece in mine}):
+        wanted |= names
+    _check_kinds(checkpoint, wanted)
+    _check_parts(checkpoint, wanted)
+    agree(group, lambda: fill_pieces(checkpoint.folder, checkpoint.tensors, mine))
+
+
+def _check_kinds(checkpoint: Checkpoint, wanted: Iterable[str]) -> None:
+    """Refuse the state of another optimizer."""
+    needed, held = ({name.partition("/")[0] for name in names} for names in (wanted, checkpoint.tensors))
+    if needed != held:
+        found, expected = (", ".join(sorted(kinds)) for kinds in (held, needed))
+        raise UserError(f"{checkpoint.folder}: holds the state {found}, the optimizer needs {expected}: optim.name differs")
+
+
+def _check_parts(checkpoint: Checkpoint, wanted: Mapping[str, list[int]]) -> None:
+    """Refuse another model."""
+    for name, shape in wanted.items():
+        tensor = checkpoint.tensors.get(name)
+        if tensor is None or list(tensor.shape) != shape:
             found = "nothing" if tensor is None else list(tensor.shape)
-            raise UserError(f"{checkpoint.folder}: {name}: found {found}, the model has {list(view.shape)}: model.* differs")
-        view.copy_(tensor)
-    if stored:
-        raise UserError(f"{checkpoint.folder}: holds {next(iter(stored))}, which the model lacks: model.* differs")
-    optimizer.publish()
+            raise UserError(f"{checkpoint.folder}: {name}: found {found}, the model has {shape}: model.* differs")
+    surplus = next((name for name in checkpoint.tensors if name not in wanted), None)
+    if surplus is not None:
+        raise UserError(f"{checkpoint.folder}: holds {surplus}, which the model lacks: model.* differs")

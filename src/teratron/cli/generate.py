@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teratron.cli.parser import text
+from teratron.cli.workers import add_nproc, run_workers
 from teratron.config import UserError
 
 if TYPE_CHECKING:
@@ -46,23 +47,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokenizer", metavar="T", help="tokenizer file, folder or `bytes`, instead of the model's own")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add_nproc(parser, " that share the model")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="numbers of weights and activations (default: fp32; fp64 as trained)")
     parser.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
 
 
 def run(args: argparse.Namespace) -> int:
-    prompts = list(_prompts(args))  # before the slow imports, so that a wrong file is refused at once
-    _check_output(args.output)
+    _check_output(args.output)  # before the slow imports, as is a file of prompts
+    code = run_workers(args)
+    if code is not None:
+        return code
+    from teratron.parallel.worker import this_worker
+
+    worker = this_worker()
+    leads = worker is None or worker.rank == 0
+    prompts = list(_prompts(args)) if leads else []
     from teratron.generate import Request, Sampling, open_source
+    from teratron.generate.ranks import joined
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     request = Request(sampling, args.max_new_tokens, tuple(args.stop), args.samples, args.batch)
-    loaded = open_source(args.source, args.device, args.precision, args.tokenizer)
-    if len(prompts) == request.samples == 1 and not args.output and not args.no_stream:
-        _stream(loaded, prompts[0], request)
-    else:
-        _complete(loaded, prompts, request, args.output)
+    with joined(worker, args.device) as (mesh, device), _silent(not leads):
+        prompts = json.loads(mesh.all.gather_bytes(json.dumps(prompts).encode())[0])
+        loaded = open_source(args.source, device, args.precision, args.tokenizer, mesh)
+        if len(prompts) == request.samples == 1 and not args.output and not args.no_stream:
+            _stream(loaded, prompts[0], request)
+        else:
+            _complete(loaded, prompts, request, args.output if leads else None)
     return 0
+
+
+@contextlib.contextmanager
+def _silent(wanted: bool) -> Iterator[None]:
+    """Ranks that only share the work say nothing."""
+    if not wanted:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
 
 
 def _prompts(args: argparse.Namespace) -> Iterator[str]:

@@ -32,7 +32,7 @@ def key_help(width: int | None = None) -> str:
     indent = 2 + name_width + 2 + default_width + 2
     lines = ["", "config keys, each with its default, meaning and [type]:"]
     for section, summary, keys in groups:
-        lines += ["", f"{section}: {summary}"]
+        lines += ["", *textwrap.wrap(f"{section}: {summary}", columns)]
         for key in keys:
             meaning = textwrap.wrap(
                 f"{key.meaning} [{key.kind.replace('|', ', ')}]", max(columns - indent, 30), break_long_words=False, break_on_hyphens=False

@@ -25,6 +25,8 @@ VERBS = {
     "data": "teratron.cli.data",
     "train": "teratron.cli.train",
     "generate": "teratron.cli.generate",
+    "inspect": "teratron.cli.inspect",
+    "convert": "teratron.cli.convert",
 }
 """Each verb's module. It defines `SUMMARY` (a line of text), `add_arguments(parser)` and `run(args) -> int`; `TAKES_KEYS = True`
 when it also takes `--section.key value`, which arrive as `args.overrides`. It is imported only when its verb is typed."""
@@ -35,19 +37,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns the exit code: the verb's; 2 after a `UserError`, a refusal of the operating system or a lack of memory, printed on
     one line; 130 after Ctrl-C; 141 when the reader of the output has gone. Any other exception is a defect and keeps its traceback.
+    A worker of `teratron.parallel.launch` prints no error: its launcher does, once for all ranks.
     """
     _make_streams_safe()
     # Read when torch loads. Threads that spin for long collapse when other programs use the cores: see docs/decisions.md.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "TERATRON_LAUNCHER" in os.environ:  # by name: every other command starts without this room
+        from teratron.parallel.worker import launched, supervised
+
+        if launched():
+            return supervised(lambda: _run_refusing(arguments))
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-        return code
+        return _run_refusing(arguments)
     except UserError as error:
-        return _refuse(str(error))
+        print(f"teratron: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("teratron: interrupted", file=sys.stderr)
         return 130
+
+
+def _run_refusing(argv: list[str]) -> int:
+    """Run a command line; what the operating system refuses becomes a `UserError`."""
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
@@ -55,9 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _give_up_full_output()
         where = f"{error.filename}: " if error.filename else ""  # without one it was an open file, such as standard output
-        return _refuse(f"{where}{error.strerror or error}: check the path or redirection, its permissions and the free space")
+        message = f"{where}{error.strerror or error}: check the path or redirection, its permissions and the free space"
+        raise UserError(message) from error
     except MemoryError:
-        return _refuse("out of memory: ask for less at once, such as a smaller batch or model")
+        raise UserError("out of memory: ask for less at once, such as a smaller batch or model") from None
 
 
 def _make_streams_safe() -> None:
@@ -69,11 +86,6 @@ def _make_streams_safe() -> None:
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="backslashreplace")
-
-
-def _refuse(message: str) -> int:
-    print(f"teratron: error: {' '.join(message.splitlines())}", file=sys.stderr)
-    return 2
 
 
 def _run(argv: list[str]) -> int:
@@ -137,6 +149,7 @@ def _parse(verb: str, module: ModuleType, arguments: list[str]) -> argparse.Name
     )
     module.add_arguments(parser)
     overrides: dict[str, object] = {}
+    command_line = [verb, *arguments]
     if takes_keys and not {"-h", "--help"} & set(arguments):
         overrides, arguments = split_overrides(arguments)
     try:
@@ -145,6 +158,7 @@ def _parse(verb: str, module: ModuleType, arguments: list[str]) -> argparse.Name
         return None
     if takes_keys:
         args.overrides = overrides
+    args.command_line = command_line
     return args
 
 

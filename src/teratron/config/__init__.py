@@ -2,7 +2,16 @@
 
 from teratron.config.config import Config, frozen_changes, key_names, preset_names
 from teratron.config.errors import UserError, nearest
-from teratron.config.sections import CheckpointConfig, DataConfig, LogConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from teratron.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "CheckpointConfig",
@@ -12,6 +21,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
+    "ParallelConfig",
     "TrainConfig",
     "UserError",
     "frozen_changes",

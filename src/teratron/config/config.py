@@ -14,15 +14,27 @@ from typing import Any
 
 from teratron.config.errors import UserError, nearest
 from teratron.config.keys import coerce, kind_of
-from teratron.config.sections import CheckpointConfig, DataConfig, LogConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from teratron.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 
 FREE_ON_RESUME = (
     "log.",
+    "parallel.",
     "checkpoint.",
     "train.steps",
     "train.eval_every",
     "train.eval_batches",
     "train.micro_batch",
+    "train.recompute",
+    "train.recompute_every",
     "train.compile",
     "data.workers",
 )
@@ -36,6 +48,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -43,6 +56,8 @@ class Config:
 
     def __post_init__(self) -> None:
         optim, steps = self.optim, self.train.steps
+        if self.objective.name == "next_token" and self.model.family != "gpt":
+            raise UserError(f"objective.name = next_token learns a decoder, model.family is {self.model.family}: choose model.family gpt")
         if optim.schedule != "constant" and optim.warmup_steps > steps:
             raise UserError(f"optim.warmup_steps = {optim.warmup_steps} exceeds train.steps = {steps}: lower the first")
         if optim.schedule in ("cosine", "linear") and 0 < optim.decay_steps < optim.warmup_steps:

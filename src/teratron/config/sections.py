@@ -15,8 +15,8 @@ class ModelConfig(Section):
 
     section: ClassVar[str] = "model"
 
-    family: Literal["gpt"] = key("gpt")
-    """Model family: gpt = decoder-only transformer."""
+    family: Literal["gpt", "encoder", "encoder_decoder"] = key("gpt")
+    """Model family: gpt = decoder only; encoder (BERT) and encoder_decoder (T5) are built from Python."""
     layers: int = key(12, at_least(1))
     """Transformer blocks."""
     hidden: int = key(768, at_least(1))
@@ -49,6 +49,8 @@ class ModelConfig(Section):
     """Base of the rotary frequencies."""
     tie_embeddings: bool = key(True)
     """Use the token embedding as the output projection."""
+    window: int = key(0, at_least(0))
+    """Causal attention reaches back over so many tokens, its own counted; 0 = over all."""
     bias: bool = key(True)
     """Biases in linear layers and LayerNorm."""
     qk_norm: bool = key(False)
@@ -59,6 +61,36 @@ class ModelConfig(Section):
     """Probability of dropping an attention weight (slower: the fused kernels draw their own numbers, so they are not used)."""
     init_std: float = key(0.02, at_least(0))
     """Standard deviation of initial weights; output projections of blocks divide it by sqrt(2 * layers)."""
+    experts: int = key(0, at_least(0))
+    """Experts of each mixture-of-experts layer, which takes the place of a feed-forward layer and has no biases; 0 = none."""
+    experts_per_token: int = key(2, at_least(1))
+    """Experts that compute each token, chosen by the router."""
+    expert_ffn: int = key(0, at_least(0))
+    """Width of one expert, in features; 0 = that of the feed-forward layer."""
+    shared_experts: int = key(0, at_least(0))
+    """Experts beside the routed ones that compute every token."""
+    moe_every: int = key(1, at_least(1))
+    """Every so many-th block has experts, beginning with the first after moe_first_dense."""
+    moe_first_dense: int = key(0, at_least(0))
+    """Leading blocks without experts."""
+    router: Literal["softmax", "sigmoid"] = key("softmax")
+    """How scores of experts are made: softmax over all experts, or a sigmoid for each."""
+    normalise_gates: bool = key(False)
+    """Divide the scores of a token's experts by their sum before they weigh the experts' outputs."""
+    gate_scale: float = key(1.0, above(0))
+    """Factor of the weights of the experts' outputs."""
+    router_balance: Literal["aux", "bias", "none"] = key("aux")
+    """How experts are kept evenly loaded: an auxiliary loss a sequence, a bias of the choice moved after each step, or not."""
+    aux_loss: float = key(0.01, at_least(0))
+    """Weight of the auxiliary loss (router_balance = aux), which is 1 a layer when experts are evenly loaded."""
+    bias_rate: float = key(0.001, above(0))
+    """How far a step moves the bias of an expert's score (router_balance = bias)."""
+    z_loss: float = key(0.0, at_least(0))
+    """Weight of the squared log-sum-exp of the router's logits, a mean over tokens."""
+    capacity: float = key(0.0, at_least(0))
+    """Of each sequence an expert takes the first ceil(capacity * its even share) tokens, the rest pass it by; 0 = no limit.
+
+    Generation has no limit."""
 
     def check(self) -> None:
         if self.head_dim == 0 and self.hidden % self.heads:
@@ -76,6 +108,38 @@ class ModelConfig(Section):
                 f"model.seq_length = {self.seq_length} exceeds model.max_positions = {self.max_positions}: "
                 "lower the first or raise the second"
             )
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        wanted = {name: getattr(self, name) for name in ("expert_ffn", "shared_experts", "moe_first_dense", "z_loss", "capacity")}
+        for name, value in wanted.items() if not self.experts else ():
+            if value:
+                raise UserError(f"model.{name} = {value} concerns experts, but model.experts = 0: set model.experts, or leave it out")
+        if not self.experts:
+            return
+        if self.experts_per_token > self.experts:
+            raise UserError(
+                f"model.experts_per_token = {self.experts_per_token} exceeds model.experts = {self.experts}: "
+                "lower the first or raise the second"
+            )
+        if self.normalise_gates and self.experts_per_token == 1:
+            raise UserError(
+                "model.normalise_gates = true with model.experts_per_token = 1 makes every gate 1, and the router learns nothing: "
+                "raise model.experts_per_token, or leave model.normalise_gates out"
+            )
+        if self.moe_first_dense >= self.layers:
+            raise UserError(
+                f"model.moe_first_dense = {self.moe_first_dense} leaves none of model.layers = {self.layers} blocks to model.experts = "
+                f"{self.experts}: lower it"
+            )
+
+    def routed(self, layer: int) -> bool:
+        """Whether a block (from 0) has experts."""
+        return self.experts > 0 and layer >= self.moe_first_dense and (layer - self.moe_first_dense) % self.moe_every == 0
+
+    @property
+    def expert_width(self) -> int:
+        return self.expert_ffn or self.ffn_width
 
     @property
     def key_value_heads(self) -> int:
@@ -144,6 +208,40 @@ class ObjectiveConfig(Section):
 
     name: Literal["next_token"] = key("next_token")
     """next_token = predict each token from those before it."""
+    label_smoothing: float = key(0.0, between(0, 1))
+    """Share of the target's probability that is spread over the whole vocabulary in training (evaluation never smooths)."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Section):
+    """How a model and its batch are cut over the processes; nothing here changes the numbers."""
+
+    section: ClassVar[str] = "parallel"
+
+    tensor: int = key(1, at_least(1))
+    """Ranks over which each layer's matrices are cut (heads, feed-forward features, vocabulary)."""
+    sequence: bool = key(False)
+    """Cut norms, dropout and the residual stream along the sequence over the tensor ranks: less memory for the same communication."""
+    pipeline: int = key(1, at_least(1))
+    """Ranks over which the layers are cut into stages, each micro-batch passing from one to the next."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zbv", "dualpipev"] = key("1f1b")
+    """Order of a pipeline's forward and backward passes; the zb- ones and dualpipev put off weight gradients to fill the bubble."""
+    chunks: int = key(0, at_least(0))
+    """Stages that each pipeline rank holds; 0 = as few as the schedule needs (1; 2 for interleaved, zbv and dualpipev)."""
+    split: str = key("")
+    """Layers of each stage, such as 3,4,4,1; empty = even, the output layer counted as its work."""
+    context: int = key(1, at_least(1))
+    """Ranks over which each sample's tokens are cut, for long sequences."""
+    context_method: Literal["ring", "all_to_all"] = key("ring")
+    """How attention reaches over context ranks: keys and values travel round, or heads are exchanged for tokens."""
+    expert: int = key(1, at_least(1))
+    """Ranks over which the experts of a layer are cut: at the same time data, context or (with parallel.sequence) tensor ranks."""
+    shard: Literal["none", "optimizer", "gradients", "parameters"] = key("none")
+    """What the data ranks hold only a share of: nothing, optimizer state, also gradients, also parameters (ZeRO 1, 2, 3)."""
+    replicate: int = key(0, at_least(0))
+    """Copies of the sharded state, such as one a node; 0 = one where parallel.shard is set, else as many as there are data ranks."""
+    reduce: Literal["fp32", "bf16"] = key("fp32")
+    """Numbers in which gradients of half types are summed over the data ranks; fp32 and fp64 gradients are never rounded."""
 
 
 @dataclass(frozen=True)
@@ -174,10 +272,24 @@ class OptimConfig(Section):
     """Added to the root of the second moment."""
     clip: float = key(1.0, at_least(0))
     """Largest global gradient norm; 0 = no clipping."""
+    loss_scale: float = key(0.0, at_least(0))
+    """Factor of the loss in fp16, which keeps small gradients from vanishing; 0 = adjusted on the way."""
+    initial_loss_scale: float = key(2.0**32, at_least(1))
+    """Where an adjusted loss scale begins; it is halved until gradients are finite."""
+    min_loss_scale: float = key(1.0, above(0))
+    """An adjusted loss scale never falls below this."""
+    loss_scale_window: int = key(1000, at_least(1))
+    """Steps without overflow after which an adjusted loss scale is doubled."""
+    loss_scale_hysteresis: int = key(2, at_least(1))
+    """Overflows, counted since the last doubling, after which an adjusted loss scale is halved at every further one."""
 
     def check(self) -> None:
         if self.min_lr > self.lr:
             raise UserError(f"optim.min_lr = {self.min_lr} exceeds optim.lr = {self.lr}: lower it")
+        if self.min_loss_scale > self.initial_loss_scale:
+            raise UserError(
+                f"optim.min_loss_scale = {self.min_loss_scale} exceeds optim.initial_loss_scale = {self.initial_loss_scale}: lower it"
+            )
 
 
 @dataclass(frozen=True)
@@ -191,15 +303,19 @@ class TrainConfig(Section):
     global_batch: int = key(32, at_least(1))
     """Sequences of one optimizer step, over all processes."""
     micro_batch: int = key(0, at_least(0))
-    """Sequences of one forward and backward pass; 0 = the whole global batch."""
-    precision: Literal["fp32", "bf16", "fp64"] = key("fp32")
-    """Numbers of weights and activations: fp32; bf16 with float32 master weights; fp64 for tests."""
+    """Sequences of one forward and backward pass of a process; 0 = its whole share of the global batch."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = key("fp32")
+    """Numbers of weights and activations: fp32; bf16 or (with loss scaling) fp16 with float32 master weights; fp64 for tests."""
     seed: int = key(1234, at_least(0))
     """Every random number of the run follows from it."""
     eval_every: int = key(100, at_least(0))
     """Steps between evaluations; 0 = only after the last step."""
     eval_batches: int = key(0, at_least(0))
     """Global batches of one evaluation; 0 = the whole validation data."""
+    recompute: Literal["none", "selective", "full"] = key("none")
+    """Activations made again in the backward pass instead of kept: none, those inside attention, or whole blocks."""
+    recompute_every: int = key(1, at_least(1))
+    """Recompute only in every so many-th block."""
     compile: bool = key(False)
     """Compile each block with torch.compile (needs a C++ compiler on CPU)."""
     deterministic: bool = key(False)

@@ -15,12 +15,14 @@ from teratron.config import UserError
 from teratron.generate.engine import TokenStream, room_for
 from teratron.generate.sampler import Sampling
 from teratron.generate.text import Continuation
+from teratron.parallel.device import DTYPES, choose_device
+from teratron.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
     from teratron.checkpoint import LoadedModel
     from teratron.data.tokenizer import Tokenizer
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {name: DTYPES[name] for name in ("fp32", "bf16")}
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,23 @@ def generate(
     return texts[0] if isinstance(prompts, str) else texts
 
 
-def open_source(source: str | Path, device: str = "auto", precision: str | None = None, tokenizer: str | None = None) -> LoadedModel:
-    """Open a model for generation: device auto, cpu or cuda; precision fp32 or bf16; `tokenizer` replaces the folder's own."""
+def open_source(
+    source: str | Path,
+    device: str | torch.device = "auto",
+    precision: str | None = None,
+    tokenizer: str | None = None,
+    mesh: Mesh | None = None,
+) -> LoadedModel:
+    """Open a model for generation: device auto, cpu, cuda or a torch device; precision fp32 or bf16; `tokenizer` replaces its own.
+
+    mesh: cut it over the tensor ranks, which then all generate the same text.
+    """
     from teratron.checkpoint import open_model
 
     if precision is not None and precision not in PRECISIONS:
         raise UserError(f"precision = {precision}: expected {' or '.join(PRECISIONS)}")
-    loaded = open_model(source, _device(device), PRECISIONS[precision] if precision else None)
+    place = choose_device(device) if isinstance(device, str) else device
+    loaded = open_model(source, place, PRECISIONS[precision] if precision else None, mesh)
     if tokenizer is None:
         return loaded
     from teratron.data.tokenizer import load_tokenizer
@@ -188,11 +200,3 @@ def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     if tokenizer.eod is None:
         raise UserError("the prompt is empty, and the tokenizer has no token for the start or end of a document: give some text")
     return [tokenizer.eod]
-
-
-def _device(name: str) -> str:
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device = {name}: expected auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device = cuda: no CUDA device is visible to PyTorch; use cpu, or check nvidia-smi and the PyTorch build")
-    return "cuda" if torch.cuda.is_available() and name != "cpu" else "cpu"

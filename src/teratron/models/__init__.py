@@ -1,22 +1,41 @@
-"""Models: leaf modules, families as ordered units, parts and their initial values."""
+"""Models: leaf modules, families as ordered units with their plans, parts and their initial values."""
 
 from __future__ import annotations
 
 import torch
 
 from teratron.config import ModelConfig, UserError
-from teratron.models.gpt import GPT, State
+from teratron.models.encoder_decoder import EncoderDecoder
+from teratron.models.gpt import GPT, Encoder
 from teratron.models.leaves import Part
-from teratron.models.parts import flops_per_token, initialise, load_parts, parameter_count, parts_of
+from teratron.models.parts import flops_per_token, initial_values, initialise, load_parts, parameter_count, parts_of
+from teratron.models.units import Model, State, with_dropout
 
-__all__ = ["GPT", "Part", "State", "build_model", "flops_per_token", "initialise", "load_parts", "parameter_count", "parts_of"]
+__all__ = [
+    "GPT",
+    "Encoder",
+    "EncoderDecoder",
+    "Model",
+    "Part",
+    "State",
+    "build_model",
+    "flops_per_token",
+    "initial_values",
+    "initialise",
+    "load_parts",
+    "parameter_count",
+    "parts_of",
+    "with_dropout",
+]
+
+FAMILIES: dict[str, type[GPT] | type[EncoderDecoder]] = {"gpt": GPT, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
 
 
 def build_model(
     config: ModelConfig, units: range | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> GPT:
+) -> Model:
     """A model, or a range of its units, with uninitialised parameters (on `meta`: without memory)."""
     if config.vocab_size == 0:
         raise UserError("model.vocab_size = 0: give it, or train from data whose tokenizer has a size")
     with torch.device(device):
-        return GPT(config, units).to(dtype)
+        return FAMILIES[config.family](config, units).to(dtype)

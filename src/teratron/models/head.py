@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teratron.models.leaves import Part, accurate
+from teratron.models.leaves import Leaf, Part, accurate
 
 CHUNK_LOGITS = 2**22
 """Logits of one chunk (rows times vocabulary): 16 MiB in float32."""
@@ -18,7 +19,20 @@ CHUNK_ROWS = 256
 """Least rows of a chunk: with fewer the products, and the passes over the weight's gradient, grow slow."""
 
 
-class LanguageHead(nn.Module):
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which rows of the vocabulary a weight holds, and how numbers are joined with those who hold the others."""
+
+    total: int
+    first: int
+    count: int
+    """Rows that are held here, [first, first + count); the weight's further rows are padding."""
+    add: Callable[[Tensor], None] | None = None
+    """Sum over all holders, in place; None = there is one."""
+    maximum: Callable[[Tensor], None] | None = None
+
+
+class LanguageHead(Leaf):
     """Scores of the next token. Rows of padding in the weight are masked out of every softmax.
 
     With `shared` the head uses that parameter (the token embedding's), which keeps its one name and owner. `name` is the
@@ -29,33 +43,41 @@ class LanguageHead(nn.Module):
         self, width: int, vocab: int, multiple: int, std: float, shared: nn.Parameter | None = None, name: str = ".weight"
     ) -> None:
         super().__init__()
-        self.vocab, self.std, self.name, self.owns = vocab, std, name, shared is None
+        self.multiple, self.std, self.name, self.owns = multiple, std, name, shared is None
+        self.vocabulary = Vocabulary(vocab, 0, vocab)
         self.weight = nn.Parameter(torch.empty(-(-vocab // multiple) * multiple, width)) if shared is None else shared
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden [..., H], padding cut off."""
-        return F.linear(hidden, self.weight)[..., : self.vocab]
+        return F.linear(hidden, self.weight)[..., : self.vocabulary.count]
 
-    def loss_sum(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Sum over tokens of weight * cross-entropy; hidden [B, S, H], targets and weights [B, S]. A scalar."""
+    def loss_sum(self, hidden: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Sum over tokens of weight * cross-entropy; hidden [B, S, H], targets and weights [B, S]. A scalar.
+
+        smoothing: the share of each target's probability that is spread evenly over the whole vocabulary.
+        """
         # Inside an autograd function a parameter asks for its gradient even under no_grad; evaluation must not pay for it.
         weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
-        return LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), weights.flatten(), self.vocab)
+        flat = hidden.flatten(0, -2), weight, targets.flatten(), weights.flatten()
+        return LinearCrossEntropy.apply(*flat, self.vocabulary, smoothing)
 
     def leaf_parts(self) -> Iterator[Part]:
         if self.owns:
-            yield Part(self.name, "weight", 0, (self.vocab, self.weight.shape[1]), self.std)
+            yield Part(self.name, "weight", 0, (self.vocabulary.total, self.weight.shape[1]), self.std)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum of weighted token losses; gradients are made in the forward pass, chunk by chunk, while the logits are at hand.
 
-    The upstream gradient of a sum is one number, so backward only scales, in place: it runs once. Softmax in float32 for
-    half types.
+    The upstream gradient of a sum is one number, so backward only scales: it runs once. Softmax in float32 for half types,
+    and so is the weight's gradient kept until it has been scaled. With a vocabulary that is cut over ranks, the gradient of
+    hidden is this rank's share.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, weights_T: Tensor, vocab: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, weights_T: Tensor, vocabulary: Vocabulary, smoothing: float
+    ) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         exact = accurate(hidden_TH.dtype)
         half = exact != hidden_TH.dtype
@@ -67,38 +89,59 @@ class LinearCrossEntropy(torch.autograd.Function):
         accurates = products.to(exact)
         for start in range(0, hidden_TH.shape[0], rows):
             part = slice(start, start + rows)
-            hidden, targets, weights = hidden_TH[part], targets_T[part, None], weights_T[part].to(exact)
+            hidden, weights = hidden_TH[part], weights_T[part, None].to(exact)
             product, logits = products[: len(hidden)], accurates[: len(hidden)]
             torch.mm(hidden, weight_VH.t(), out=product)
             if half:
                 logits.copy_(product)
-            logits[:, vocab:] = -math.inf
-            peak = logits.amax(-1, keepdim=True)
-            target_logits = logits.gather(-1, targets) - peak
-            exps = logits.sub_(peak).exp_()
-            sums = exps.sum(-1, keepdim=True)
-            total += ((sums.log() - target_logits).squeeze(-1) * weights).sum()
+            total += _losses(logits, targets_T[part, None], weights, vocabulary, smoothing)
             if grad_hidden is not None:
-                slopes = exps.mul_(weights[:, None] / sums)
-                slopes.scatter_add_(-1, targets, -weights[:, None])
-                slopes = product.copy_(slopes) if half else slopes
+                slopes = product.copy_(logits) if half else logits
                 torch.mm(slopes, weight_VH, out=grad_hidden[part])
                 grad_weight = _add_product(grad_weight, slopes.t(), hidden)
         if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VH.dtype))
+            ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = upstream[0].to(grad_hidden.dtype)
-        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None
+        # In half types the factor may be a large loss scale: multiply what is kept accurately before it is rounded.
+        grad_weight = grad_weight.mul_(upstream[0].to(grad_weight.dtype)).to(grad_hidden.dtype)
+        return grad_hidden.mul_(upstream[0].to(accurate(grad_hidden.dtype))), grad_weight, None, None, None, None
+
+
+def _losses(logits: Tensor, targets: Tensor, weights: Tensor, vocabulary: Vocabulary, smoothing: float) -> Tensor:
+    """The weighted sum of a chunk's losses; its logits [T, V] become the gradients of that sum. targets, weights [T, 1]."""
+    count = vocabulary.count
+    logits[:, count:] = -math.inf
+    peak = logits.amax(-1, keepdim=True)
+    if vocabulary.maximum is not None:
+        vocabulary.maximum(peak)
+    place = targets - vocabulary.first
+    here = (place >= 0) & (place < count)
+    place = place.clamp(0, count - 1)
+    shifted = logits.sub_(peak)
+    of_target = shifted.gather(-1, place) * here
+    of_all = [shifted[:, :count].sum(-1, keepdim=True)] if smoothing else []
+    exps = shifted.exp_()
+    sums = torch.stack([exps.sum(-1, keepdim=True), of_target, *of_all])
+    if vocabulary.add is not None:
+        vocabulary.add(sums)
+    normaliser, of_target, *of_all = sums
+    losses = normaliser.log() - (1 - smoothing) * of_target
+    if smoothing:
+        losses = losses - smoothing / vocabulary.total * of_all[0]
+    slopes = exps.mul_(weights / normaliser)
+    slopes.scatter_add_(-1, place, -(1 - smoothing) * weights * here)
+    if smoothing:
+        slopes[:, :count] -= smoothing / vocabulary.total * weights
+    return (losses * weights).sum()
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """total + a b, in place where there is a total; sums of half types are kept in float32."""
-    if total is None:
-        return a @ b
     if accurate(a.dtype) == a.dtype:
-        return total.addmm_(a, b)
-    return total.to(accurate(a.dtype)).add_(a @ b)
+        return a @ b if total is None else total.addmm_(a, b)
+    product = (a @ b).to(accurate(a.dtype))
+    return product if total is None else total.add_(product)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teratron.models.random import feature_keys, keep_mask, seed_of
+from teratron.models.sight import Sight
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:
@@ -39,19 +40,57 @@ class Part:
     std: float | None
     """Standard deviation of the initial normal values; None = the constant in `fill`."""
     fill: float = 0.0
+    offset: tuple[int, ...] = ()
+    """Where in the full shape the piece that is held here begins; empty = at its beginning."""
+    size: tuple[int, ...] = ()
+    """Shape of the piece that is held here; empty = the full shape."""
+    copies: int = 1
+    """Neighbouring ranks of the tensor axis that hold this very piece."""
+    partial: bool = False
+    """Whether each copy has only a share of the gradient, which is their sum."""
+    first: bool = True
+    """Whether this is the first of the copies."""
+    holders: int = 1
+    """Pipeline stages' ranks that hold it, each with a share of the gradient."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offset", self.offset or (0,) * len(self.shape))
+        object.__setattr__(self, "size", self.size or self.shape)
+
+    def box(self) -> tuple[slice, ...]:
+        """The index that takes the piece that is held here out of the full tensor."""
+        return tuple(slice(start, start + size) for start, size in zip(self.offset, self.size, strict=True))
 
     def of(self, tensor: Tensor) -> Tensor:
         """This part's view of a tensor shaped like its parameter."""
-        return tensor[self.start : self.start + self.shape[0]]
+        return tensor[self.start : self.start + self.size[0]]
 
 
-class Linear(nn.Module):
-    """y = x W^T + b. `outputs` is a width, or named widths of parts that are computed in one product."""
+class Leaf(nn.Module):
+    """A module with parameters of its own."""
 
-    def __init__(self, inputs: int, outputs: int | Mapping[str, int], bias: bool, std: float) -> None:
+    pieces: list[Part] | None = None
+    """The parts as they are cut here; None = whole."""
+
+    def leaf_parts(self) -> Iterator[Part]:
+        """The whole parts."""
+        raise NotImplementedError
+
+    def parts(self) -> list[Part]:
+        """What this leaf holds."""
+        return self.pieces if self.pieces is not None else list(self.leaf_parts())
+
+
+class Linear(Leaf):
+    """y = x W^T + b. `outputs` is a width, or named widths of parts that are computed in one product.
+
+    granule: outputs that are never cut apart, such as the features of one head.
+    """
+
+    def __init__(self, inputs: int, outputs: int | Mapping[str, int], bias: bool, std: float, granule: int = 1) -> None:
         super().__init__()
         self.widths = {"": outputs} if isinstance(outputs, int) else dict(outputs)
-        self.std = std
+        self.std, self.granule = std, granule
         self.weight = nn.Parameter(torch.empty(sum(self.widths.values()), inputs))
         self.bias = nn.Parameter(torch.empty(sum(self.widths.values()))) if bias else None
 
@@ -67,22 +106,23 @@ class Linear(nn.Module):
             start += width
 
 
-class Embedding(nn.Module):
+class Embedding(Leaf):
     """A table of `count` rows, padded in memory to a multiple of `multiple`; the padding is no part and never looked up."""
 
-    def __init__(self, count: int, width: int, std: float, multiple: int = 1) -> None:
+    def __init__(self, count: int, width: int, std: float, multiple: int = 1, name: str = ".weight") -> None:
+        """name: of the part; a table apart from the one that it is tied to holds a copy under that one's name (contract C9)."""
         super().__init__()
-        self.count, self.std = count, std
+        self.count, self.std, self.multiple, self.name = count, std, multiple, name
         self.weight = nn.Parameter(torch.empty(-(-count // multiple) * multiple, width))
 
     def forward(self, index: Tensor) -> Tensor:
         return F.embedding(index, self.weight)
 
     def leaf_parts(self) -> Iterator[Part]:
-        yield Part(".weight", "weight", 0, (self.count, self.weight.shape[1]), self.std)
+        yield Part(self.name, "weight", 0, (self.count, self.weight.shape[1]), self.std)
 
 
-class Norm(nn.Module):
+class Norm(Leaf):
     """LayerNorm or RMSNorm over the last dimension; statistics in float32 for half types."""
 
     def __init__(self, width: int, kind: str, bias: bool, eps: float) -> None:
@@ -123,26 +163,34 @@ class AttentionCore(nn.Module):
     def __init__(self, dropout: float, site: str) -> None:
         super().__init__()
         self.dropout, self.site = dropout, seed_of(site)
+        self.place, self.shares = 0, 1
+        """This is the place-th of so many equal shares of the heads."""
 
-    def forward(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | None, keys: Tensor | None) -> Tensor:
-        """mask: bool [B or 1, 1, S, T] of what may be seen, or None for causal; keys: dropout keys of the queries or None."""
+    def forward(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, sight: Sight, keys: Tensor | None) -> Tensor:
+        """keys: dropout keys of the queries or None."""
         if self.dropout and keys is not None:
-            return self.plain(q_BNSD, k_BKTD, v_BKTD, mask, keys)
+            return self.plain(q_BNSD, k_BKTD, v_BKTD, sight, keys)
         grouped = q_BNSD.shape[1] != k_BKTD.shape[1]
-        return F.scaled_dot_product_attention(q_BNSD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        mask = sight.mask(q_BNSD.shape[2], k_BKTD.shape[2], q_BNSD.device)
+        causal = sight.causal and mask is None
+        return F.scaled_dot_product_attention(q_BNSD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
-    def plain(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | None, keys: Tensor | None) -> Tensor:
+    def plain(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, sight: Sight, keys: Tensor | None) -> Tensor:
         """The twin in plain tensor operations, with dropout of attention weights when keys are given."""
         heads, groups, columns = q_BNSD.shape[1], k_BKTD.shape[1], k_BKTD.shape[2]
         k = k_BKTD.repeat_interleave(heads // groups, dim=1)
         v = v_BKTD.repeat_interleave(heads // groups, dim=1)
         scores = (q_BNSD @ k.transpose(-1, -2)) / math.sqrt(q_BNSD.shape[-1])
-        if mask is None:
+        mask = sight.mask(q_BNSD.shape[2], columns, scores.device)
+        if mask is None and sight.causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        weights = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=accurate(scores.dtype)).to(scores.dtype)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        weights = scores.softmax(-1, dtype=accurate(scores.dtype)).to(scores.dtype)
         if keys is not None:
             # One key a head and one a column, so that neither needs the other's number.
-            of_head, of_column = (feature_keys(self.site + n, count, scores.device) for n, count in ((1, heads), (2, columns)))
+            of_head = feature_keys(self.site + 1, heads * self.shares, scores.device)[self.place * heads :][:heads]
+            of_column = feature_keys(self.site + 2, columns, scores.device)
             keep = keep_mask(keys[:, None] ^ of_head[:, None], of_column, self.dropout)
             weights = weights * keep * (1 / (1 - self.dropout))
         return weights @ v

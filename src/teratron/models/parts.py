@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from teratron.config import UserError
-from teratron.models.gpt import GPT
-from teratron.models.leaves import Part
-from teratron.models.random import normal_rows
+from teratron.models.leaves import Embedding, Leaf, Part
+from teratron.models.random import normal_box
+from teratron.models.units import Model
 
 
 def parts_of(model: nn.Module) -> list[Part]:
     """Every part of a model, in module order; a shared parameter appears once, under its owner."""
-    found = []
+    return [part for _, part in leaves_and_parts(model)]
+
+
+def leaves_and_parts(model: nn.Module) -> Iterator[tuple[Leaf, Part]]:
+    """Every leaf with each of its parts, under their full names."""
     for path, module in model.named_modules():
-        leaf_parts: Iterable[Part] = module.leaf_parts() if hasattr(module, "leaf_parts") else ()
-        for part in leaf_parts:
+        for part in module.parts() if isinstance(module, Leaf) else ():
             parameter = f"{path}.{part.parameter}".removeprefix(".")
-            found.append(replace(part, name=_full_name(path, part.name), parameter=parameter))
-    return found
+            yield module, replace(part, name=_full_name(path, part.name), parameter=parameter)
 
 
 def _full_name(leaf: str, name: str) -> str:
@@ -40,39 +42,44 @@ def initialise(model: nn.Module, seed: int) -> None:
         for parameter in parameters.values():
             parameter.zero_()  # padding of the vocabulary stays zero
         for part in parts_of(model):
-            target = part.of(parameters[part.parameter])
-            if part.std is None:
-                target.fill_(part.fill)
-            else:
-                target.copy_(normal_rows(seed, part.name, part.shape, 0, part.shape[0]) * part.std)
+            part.of(parameters[part.parameter]).copy_(initial_values(part, seed, part.box()))
 
 
-def load_parts(model: GPT, tensors: Mapping[str, Tensor]) -> None:
+def initial_values(part: Part, seed: int, box: tuple[slice, ...]) -> Tensor:
+    """The initial values of a region of a part's full shape, float32 on CPU."""
+    if part.std is None:
+        return torch.full([index.stop - index.start for index in box], part.fill)
+    return normal_box(seed, part.name, part.shape, box) * part.std
+
+
+def load_parts(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy parts by name into a model's parameters, in their dtype; padding of the vocabulary becomes zero.
 
+    tensors are whole; a model that is cut takes its pieces of them.
     Raises `UserError` naming the parts that are missing, unexpected or of another shape; the model is then unchanged.
     """
-    parts = {part.name: part for part in parts_of(model)}
-    _check_tensors(parts, tensors)
+    parts = parts_of(model)
+    check_parts(parts, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.zero_()
-        for name, part in parts.items():
-            part.of(parameters[part.parameter]).copy_(tensors[name])
+        for part in parts:
+            part.of(parameters[part.parameter]).copy_(tensors[part.name][part.box()])
 
 
-def _check_tensors(parts: Mapping[str, Part], tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not exactly the parts."""
+def check_parts(parts: Sequence[Part], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `UserError` unless there is exactly a tensor of the right shape for every part."""
     hint = "model.* differs from what made these weights"
-    missing, unexpected = [name for name in parts if name not in tensors], [name for name in tensors if name not in parts]
-    for kind, names in (("missing", missing), ("not in this model", unexpected)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"weights {kind}: {', '.join(names[:3])}{more}: {hint}")
-    for name, part in parts.items():
-        if tuple(tensors[name].shape) != part.shape:
-            raise UserError(f"{name}: found shape {list(tensors[name].shape)}, expected {list(part.shape)}: {hint}")
+    names = dict.fromkeys(part.name for part in parts)
+    missing, unexpected = [name for name in names if name not in shapes], [name for name in shapes if name not in names]
+    for kind, wrong in (("missing", missing), ("not in this model", unexpected)):
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise UserError(f"weights {kind}: {', '.join(wrong[:3])}{more}: {hint}")
+    for part in parts:
+        if shapes[part.name] != part.shape:
+            raise UserError(f"{part.name}: found shape {list(shapes[part.name])}, expected {list(part.shape)}: {hint}")
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -80,14 +87,17 @@ def parameter_count(model: nn.Module) -> int:
     return sum(torch.Size(part.shape).numel() for part in parts_of(model))
 
 
-def flops_per_token(model: GPT, seq_length: int) -> float:
+def flops_per_token(model: Model, seq_length: int) -> float:
     """Floating-point operations of one token's forward and backward pass.
 
-    6 for each weight of a matrix product (the output projection included, the embedding look-up not) and the causal half of
-    the attention products, as Megatron-LM counts; recomputation is never counted.
+    6 for each weight of a matrix product (the output projection included, the embedding look-up not; of stacked experts those
+    that one token is sent to) and the causal half of the attention products, as Megatron-LM counts; recomputation is never counted.
     """
     config = model.config
-    tables = ("embedding.tokens.", "embedding.positions.")
-    weights = sum(torch.Size(p.shape).numel() for p in parts_of(model) if len(p.shape) == 2 and not p.name.startswith(tables))
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
+    whole = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in tables}
+    used = [p for p in parts_of(model) if p.parameter in whole]
+    weights = sum(torch.Size(p.shape).numel() for p in used if len(p.shape) == 2)
+    weights += config.experts_per_token * sum(torch.Size(p.shape[1:]).numel() for p in used if len(p.shape) == 3)
     weights += config.vocab_size * config.hidden if config.tie_embeddings else 0
     return 6.0 * weights + 6.0 * config.layers * config.heads * config.head_features * seq_length

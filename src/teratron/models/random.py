@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 ROW_BLOCK = 64
-"""Rows of dimension 0 that share one generator when initial values are drawn."""
+"""Rows of dimension 0 that share one generator when initial values are drawn; of stacked matrices each has its own."""
 
 
 def seed_of(*parts: object) -> int:
@@ -17,17 +17,21 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def normal_rows(seed: int, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-    """Rows [start, stop) of the standard-normal tensor `name` of full `shape`, float32 on CPU.
+def normal_box(seed: int, name: str, shape: tuple[int, ...], box: tuple[slice, ...]) -> Tensor:
+    """A region of the standard-normal tensor `name` of full `shape`, float32 on CPU.
 
-    Each block of ROW_BLOCK rows has its own generator: the values of a row do not depend on which other rows are asked for.
+    Each block of rows has its own generator: no value depends on which others are asked for, and no more than the
+    region and one block are ever in memory.
     """
-    rows = torch.empty((stop - start, *shape[1:]))
-    for block in range(start // ROW_BLOCK, -(-stop // ROW_BLOCK)):
-        first, last = block * ROW_BLOCK, min((block + 1) * ROW_BLOCK, shape[0])
+    start, stop = box[0].start, box[0].stop
+    inner = (slice(None), *box[1:])
+    rows = torch.empty((stop - start, *(part.stop - part.start for part in box[1:])))
+    height = ROW_BLOCK if len(shape) < 3 else 1
+    for block in range(start // height, -(-stop // height)):
+        first, last = block * height, min((block + 1) * height, shape[0])
         generator = torch.Generator().manual_seed(seed_of(seed, name, shape, block))
         values = torch.randn((last - first, *shape[1:]), generator=generator)
-        kept = values[max(start - first, 0) : stop - first]
+        kept = values[max(start - first, 0) : stop - first][inner]
         place = max(first - start, 0)
         rows[place : place + kept.shape[0]] = kept
     return rows

@@ -7,11 +7,23 @@ from typing import Protocol
 from torch import Tensor
 
 from teratron.config import ObjectiveConfig
-from teratron.models import GPT, State
+from teratron.models import Model, State
+from teratron.objectives.layers import layer_counts, layer_loads, layer_terms
 from teratron.objectives.next_token import NextToken
 from teratron.objectives.terms import Batch, Tally, Term, total_loss
 
-__all__ = ["Batch", "NextToken", "Objective", "Tally", "Term", "build_objective", "total_loss"]
+__all__ = [
+    "Batch",
+    "NextToken",
+    "Objective",
+    "Tally",
+    "Term",
+    "build_objective",
+    "layer_counts",
+    "layer_loads",
+    "layer_terms",
+    "total_loss",
+]
 
 
 class Objective(Protocol):
@@ -23,10 +35,10 @@ class Objective(Protocol):
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """The denominator of each term: depends on the batch alone, is summed over the global batch before the first forward."""
 
-    def terms(self, model: GPT, state: State, batch: Batch) -> list[Term]:
+    def terms(self, model: Model, state: State, batch: Batch) -> list[Term]:
         """The terms of a micro-batch from the model's last state."""
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     """The objective that `objective.name` asks for."""
-    return {"next_token": NextToken}[config.name]()
+    return {"next_token": NextToken}[config.name](config.label_smoothing)

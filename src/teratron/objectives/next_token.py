@@ -5,22 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from teratron.config import UserError
-from teratron.models import GPT, State
+from teratron.models import Model, State
 from teratron.objectives.terms import Batch, Term
 
 
 class NextToken:
-    """Targets are the tokens one place on, shifted before any cut."""
+    """Targets are the tokens one place on, shifted before any cut.
+
+    smoothing: the share of each target's probability that is spread over the whole vocabulary.
+    """
+
+    def __init__(self, smoothing: float = 0.0) -> None:
+        self.smoothing = smoothing
 
     def inputs(self, batch: Batch) -> State:
-        return {name: batch[name] for name in ("tokens", "positions", "segments") if name in batch}
+        return {name: batch[name] for name in ("tokens", "positions", "segments", "real") if name in batch}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         # float64: a float32 sum of uneven weights would depend on how the global batch is cut
         return {"next_token": batch["weights"].sum(dtype=torch.float64)}
 
-    def terms(self, model: GPT, state: State, batch: Batch) -> list[Term]:
-        if model.head is None:
-            raise UserError("next_token needs the model's head: this range of units ends before it")
-        return [Term("next_token", model.head.output.loss_sum(state["hidden"], batch["targets"], batch["weights"]))]
+    def terms(self, model: Model, state: State, batch: Batch) -> list[Term]:
+        if model.head is None:  # a stage before the last
+            return []
+        loss_sum = model.head.output.loss_sum(state["hidden"], batch["targets"], batch["weights"], self.smoothing)
+        return [Term("next_token", loss_sum)]

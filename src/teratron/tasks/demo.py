@@ -27,16 +27,15 @@ from teratron.data.output import writing
 from teratron.data.prepare import prepare
 from teratron.data.tokenizer import Tokenizer, load_tokenizer
 from teratron.generate import generate
-from teratron.models import build_model, initialise
-from teratron.objectives import build_objective
-from teratron.optim import AdamW
+from teratron.parallel.device import DTYPES, choose_device
+from teratron.parallel.mesh import Mesh
 from teratron.tasks.bigram import bigram_loss
 from teratron.train import Result, Trainer
 from teratron.train.commands import program
-from teratron.train.device import DTYPES, choose_device, measure_peak, synchronize
+from teratron.train.device import measure_peak, synchronize
+from teratron.train.engine import Engine
 from teratron.train.metrics import Metrics, duration
 from teratron.train.report import History, read_history, write_report
-from teratron.train.step import train_step
 
 MINUTES = 3.0
 VOCAB_SIZE = 4096
@@ -196,9 +195,8 @@ def _sized(prefixes: list[Path], vocab_size: int, minutes: float, device: torch.
 
 def _step_seconds(config: Config, device: torch.device) -> float:
     """The median time of a training step of this config here."""
-    model = build_model(config.model, device=device, dtype=DTYPES[config.train.precision])
-    initialise(model, 0)
-    optimizer, objective = AdamW(model, config.optim), build_objective(config.objective)
+    engine = Engine(config, Mesh(), device)
+    engine.optimizer.initialise(0)
     shape = (config.train.global_batch, config.model.seq_length)
     tokens = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
     positions = torch.arange(shape[1], device=device).expand(shape)
@@ -207,7 +205,7 @@ def _step_seconds(config: Config, device: torch.device) -> float:
     times = []
     for step in range(1, 9):
         begun = time.perf_counter()
-        train_step(model, objective, optimizer, batch, step=step, seed=0, micro_batch=0, lr=1e-4)
+        engine.step(batch, step=step, number=step, lr=1e-4)
         synchronize(device)
         times.append(time.perf_counter() - begun)
     return float(np.median(times[2:]))

@@ -11,20 +11,15 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from teratron.config import Config, UserError
-from teratron.models import GPT, build_model, parameter_count
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` = the first CUDA device if there is one, else the CPU; raises `UserError` for a CUDA that is not there."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {name}: expected auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is visible to PyTorch; use --device cpu, or check nvidia-smi and the PyTorch build")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+from teratron.models import Model
+from teratron.models.blocks import Block
+from teratron.parallel.device import DTYPES
+from teratron.parallel.mesh import Mesh
+from teratron.parallel.stages import cut_stages
+from teratron.parallel.worker import this_worker
 
 
 def set_deterministic(wanted: bool) -> None:
@@ -62,16 +57,34 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def check_memory(config: Config, device: torch.device) -> None:
-    """Refuse a model whose state alone exceeds the memory here: weights, gradients, masters, two moments."""
-    count = parameter_count(build_model(config.model, device="meta"))
-    needed = count * {"fp32": 4 * 4, "bf16": 2 + 2 + 4 * 4, "fp64": 8 * 4}[config.train.precision]
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
+def check_memory(config: Config, mesh: Mesh, device: torch.device) -> None:
+    """Refuse a model whose state alone exceeds the memory here: this rank's weights, gradients, masters and two moments."""
+    count = sum(math.prod(part.size) for part in cut_stages(config.model, mesh, config.parallel).parts())
+    needed = count * state_bytes(config, mesh.group("shard", "context").size)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory() / _neighbours()
     if needed > free:
         raise UserError(
-            f"{count:,} parameters in {config.train.precision} need {needed / 2**30:,.1f} GiB for weights, gradients and optimizer; "
-            f"{free / 2**30:,.1f} GiB are free on {device.type}: choose a smaller model"
+            f"{count:,} parameters in {config.train.precision} need {needed / 2**30:,.1f} GiB on each process for weights, gradients and "
+            f"optimizer; {free / 2**30:,.1f} GiB are free on {device.type}: choose a smaller model, or cut it with parallel.tensor or "
+            "parallel.shard over more processes"
         )
+
+
+def state_bytes(config: Config, owners: int) -> float:
+    """Bytes of state a parameter on each of `owners` ranks that share what `parallel.shard` says."""
+    weight = torch.finfo(DTYPES[config.train.precision]).bits // 8
+    exact = max(weight, 4)
+    half = weight < exact
+    shared = {"none": 0, "optimizer": 1, "gradients": 2, "parameters": 3}[config.parallel.shard]
+    optimizer = (2 * exact + exact * half) / (owners if shared >= 1 else 1)
+    gradients = (exact + weight * half) / 1 if shared < 2 else exact / owners
+    return optimizer + gradients + weight / (owners if shared >= 3 else 1)
+
+
+def _neighbours() -> int:
+    """Processes of this run on this machine, which share its memory."""
+    worker = this_worker()
+    return worker.local_world if worker is not None else 1
 
 
 def _available_memory() -> float:
@@ -83,12 +96,13 @@ def _available_memory() -> float:
     return float(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) * 1024
 
 
-def compile_blocks(model: GPT, device: torch.device) -> None:
+def compile_blocks(model: Model, device: torch.device) -> None:
     """torch.compile each block; raises `UserError` on a CPU without a C++ compiler."""
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
         raise UserError("train.compile on CPU needs a C++ compiler: install one (`apt-get install g++`), or drop --train.compile")
-    for block in model.blocks.values():
-        block.compile()
+    for block in model.units():
+        if isinstance(block, Block):
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]  # the hooks around it stay eager
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -98,7 +112,7 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     best, deadline = float("inf"), time.perf_counter() + 0.25
     for attempt in range(50):
         start = time.perf_counter()
-        torch.mm(a, b)
+        (F.linear if attempt % 2 else torch.mm)(a, b)  # on CPU either may be the slower one, in float16 by far
         synchronize(device)
         if attempt:  # the first one loads libraries
             best = min(best, time.perf_counter() - start)

@@ -67,6 +67,19 @@ class Metrics:
             ) from None
 
 
+class Silence:
+    """The metrics of the ranks that do not write any."""
+
+    def __enter__(self) -> Silence:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def write(self, event: str, **values: Any) -> None:
+        pass
+
+
 def _finite(value: Any) -> Any:
     """The value with None for every number that is not finite, which JSON cannot hold."""
     if isinstance(value, dict):

@@ -35,6 +35,16 @@ def lock(run: Path) -> TextIO:
     return handle
 
 
+def check_held(handle: TextIO | None, run: Path) -> None:
+    """Raise `UserError` when the run directory is no longer the one that was locked."""
+    try:
+        held = handle is not None and os.path.samestat(os.fstat(handle.fileno()), (run / ".lock").stat())
+    except OSError:
+        held = False
+    if not held:
+        raise UserError(f"{run}: was removed or moved while it was being trained: its checkpoints cannot be written; start again")
+
+
 def absolute_paths(config: Config) -> Config:
     """The same config with the paths of its data made absolute, so that a run goes on from any working directory."""
     data = config.data

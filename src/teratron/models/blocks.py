@@ -1,0 +1,146 @@
+"""What the families are built of: embedding, attention, blocks, head. Single-device code; shape letters: `leaves.py`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from teratron.config import ModelConfig
+from teratron.models.feed_forward import FeedForward
+from teratron.models.head import LanguageHead
+from teratron.models.leaves import AttentionCore, Dropout, Embedding, Linear, Norm
+from teratron.models.moe import MoE
+from teratron.models.units import Shared, State, with_routing
+
+
+class TokenEmbedding(nn.Module):
+    """Tokens, and learned positions, to hidden features. With `table` it uses another embedding's table of tokens."""
+
+    def __init__(
+        self, config: ModelConfig, site: str = "embedding", reads: str = "tokens", table: Embedding | None = None, name: str = ".weight"
+    ) -> None:
+        """site: name of its dropout; reads: name of the tokens in the state; name: of the table's part."""
+        super().__init__()
+        self.reads = reads
+        self.tokens = table or Embedding(config.vocab_size, config.hidden, config.init_std, config.vocab_multiple, name)
+        self.positions = Embedding(config.positions, config.hidden, config.init_std) if config.position == "learned" else None
+        self.dropout = Dropout(config.dropout, f"{site}.dropout")
+
+    def forward(self, state: State, shared: Shared) -> State:
+        rest = {name: tensor for name, tensor in state.items() if name != self.reads}
+        hidden_BSH = self.tokens(state[self.reads])
+        if self.positions is not None:
+            hidden_BSH = hidden_BSH + self.positions(shared.positions)
+        return {**rest, "hidden": self.dropout(hidden_BSH, shared.keys)}
+
+
+class Attention(nn.Module):
+    """Self-attention with grouped key/value heads."""
+
+    def __init__(self, config: ModelConfig, layer: int, site: str) -> None:
+        super().__init__()
+        self.layer, self.head_features = layer, config.head_features
+        queries, pairs = config.heads * config.head_features, config.key_value_heads * config.head_features
+        widths = {"q": queries, "k": pairs, "v": pairs}
+        self.qkv = Linear(config.hidden, widths, config.bias, config.init_std, granule=config.head_features)
+        self.q_norm = Norm(config.head_features, "rmsnorm", False, config.norm_eps) if config.qk_norm else None
+        self.k_norm = Norm(config.head_features, "rmsnorm", False, config.norm_eps) if config.qk_norm else None
+        self.core = AttentionCore(config.attention_dropout, f"{site}.core")
+        self.output = Linear(queries, config.hidden, config.bias, config.init_std / math.sqrt(2 * config.layers))
+
+    def forward(self, x_BSH: Tensor, shared: Shared) -> Tensor:
+        parts = self.qkv(x_BSH).split(list(self.qkv.widths.values()), dim=-1)
+        q, k, v = (heads_of(part, self.head_features) for part in parts)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if shared.rotary is not None:
+            q, k = rotate(q, *shared.rotary), rotate(k, *shared.rotary)
+        if shared.cache is not None:
+            k, v = shared.cache.append(self.layer, k, v)
+        mixed_BNSD = self.core(q, k, v, shared.sight, shared.keys)
+        return self.output(mixed_BNSD.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention of the decoder to the encoder's memory."""
+
+    def __init__(self, config: ModelConfig, site: str) -> None:
+        super().__init__()
+        self.head_features = config.head_features
+        queries, pairs = config.heads * config.head_features, config.key_value_heads * config.head_features
+        self.q = Linear(config.hidden, queries, config.bias, config.init_std, granule=config.head_features)
+        self.kv = Linear(config.hidden, {"k": pairs, "v": pairs}, config.bias, config.init_std, granule=config.head_features)
+        self.core = AttentionCore(config.attention_dropout, f"{site}.core")
+        self.output = Linear(queries, config.hidden, config.bias, config.init_std / math.sqrt(2 * config.layers))
+
+    def forward(self, x_BSH: Tensor, memory_BTH: Tensor, shared: Shared) -> Tensor:
+        q = heads_of(self.q(x_BSH), self.head_features)
+        k, v = (heads_of(part, self.head_features) for part in self.kv(memory_BTH).split(list(self.kv.widths.values()), dim=-1))
+        mixed_BNSD = self.core(q, k, v, shared.memory_sight, shared.keys)
+        return self.output(mixed_BNSD.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """One transformer layer, norm first; with `cross` it also attends to the encoder's memory."""
+
+    def __init__(self, config: ModelConfig, layer: int, site: str, cross: bool = False) -> None:
+        super().__init__()
+        self.attention_norm = block_norm(config)
+        self.attention = Attention(config, layer, f"{site}.attention")
+        self.attention_dropout = Dropout(config.dropout, f"{site}.attention.dropout")
+        if cross:
+            self.cross_attention_norm = block_norm(config)
+            self.cross_attention = CrossAttention(config, f"{site}.cross_attention")
+            self.cross_attention_dropout = Dropout(config.dropout, f"{site}.cross_attention.dropout")
+        self.cross = cross
+        self.ffn_norm = block_norm(config)
+        self.site = site
+        self.ffn: nn.Module = MoE(config) if config.routed(layer) else FeedForward(config, config.ffn_width, config.bias)
+        self.ffn_dropout = Dropout(config.dropout, f"{site}.ffn.dropout")
+
+    def forward(self, state: State, shared: Shared) -> State:
+        hidden = state["hidden"]
+        hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden), shared), shared.keys)
+        if self.cross:
+            mixed = self.cross_attention(self.cross_attention_norm(hidden), state["memory"], shared)
+            hidden = hidden + self.cross_attention_dropout(mixed, shared.keys)
+        x = self.ffn_norm(hidden)
+        if isinstance(self.ffn, MoE):
+            # A generated token would compete for capacity with those before it, which are not here: then nothing is dropped.
+            mixed, routing = self.ffn(x, shared.real, dropless=shared.cache is not None)
+            state = with_routing(state, f"{self.site}.ffn.router", routing.terms, routing.load_E)
+        else:
+            mixed = self.ffn(x)
+        return {**state, "hidden": hidden + self.ffn_dropout(mixed, shared.keys)}
+
+
+class Head(nn.Module):
+    """Last unit: final norm; `output` then gives logits or losses."""
+
+    def __init__(self, config: ModelConfig, tied_to: str, shared_weight: nn.Parameter | None) -> None:
+        """tied_to: the part whose weight a tied head uses; shared_weight: that weight, where it is at hand."""
+        super().__init__()
+        self.norm = block_norm(config)
+        name = f"/{tied_to}" if config.tie_embeddings else ".weight"
+        self.output = LanguageHead(config.hidden, config.vocab_size, config.vocab_multiple, config.init_std, shared_weight, name)
+
+    def forward(self, state: State, shared: Shared) -> State:
+        return {**state, "hidden": self.norm(state["hidden"])}
+
+
+def block_norm(config: ModelConfig) -> Norm:
+    """The norm of the residual stream."""
+    return Norm(config.hidden, config.norm, config.bias, config.norm_eps)
+
+
+def heads_of(x_BSF: Tensor, head_features: int) -> Tensor:
+    """Features as heads, [B, N, S, D]."""
+    return x_BSF.unflatten(-1, (-1, head_features)).transpose(1, 2)
+
+
+def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the two halves of each head's features by the positions' angles, in float32 for half types."""
+    first, second = x_BNSD.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BNSD.dtype)

@@ -1,0 +1,88 @@
+"""Plans: how a model may be cut, as a table beside it that `parallel/` applies to its leaves (contracts C5 to C7)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Layout(Enum):
+    """How activations lie over the tensor ranks at a leaf's boundary."""
+
+    WHOLE = "whole"
+    """The same on every rank: tokens, positions."""
+    RESIDUAL = "residual"
+    """The residual stream: the same on every rank, or with `parallel.sequence` each rank has its share of the sequence."""
+    FEATURES = "features"
+    """Each rank has its heads, or its share of the last dimension."""
+    EXPERTS = "experts"
+    """Each rank has the token copies of its experts."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One row of a plan: what enters and leaves a leaf, and which dimension of its parameters the tensor axis cuts.
+
+    A parameter that is not cut lies on every rank; where the leaf's activations are cut, each has a share of its gradient.
+    """
+
+    inputs: Layout
+    outputs: Layout
+    tensor: Mapping[str, int] = field(default_factory=dict)
+    """Parameter name -> dimension; fused parts are cut one by one."""
+    expert: Mapping[str, int] = field(default_factory=dict)
+    """Parameter name -> dimension that the expert axis cuts."""
+    shareable: tuple[str, ...] = ()
+    """Fused parts of which several ranks may hold the same heads, when there are fewer heads than ranks."""
+
+
+Plan = Mapping[str, Cut]
+"""Leaf path, with `*` for a layer's number -> its cut."""
+
+_W, _R, _F, _E = Layout.WHOLE, Layout.RESIDUAL, Layout.FEATURES, Layout.EXPERTS
+
+RESIDUAL_NORM = Cut(_R, _R)
+EMBEDDING: Plan = {
+    "tokens": Cut(_W, _R, {"weight": 0}),
+    "positions": Cut(_W, _R),
+    "dropout": Cut(_R, _R),
+}
+ATTENTION: Plan = {
+    "qkv": Cut(_R, _F, {"weight": 0, "bias": 0}, shareable=("k", "v")),
+    "q": Cut(_R, _F, {"weight": 0, "bias": 0}),
+    "kv": Cut(_R, _F, {"weight": 0, "bias": 0}, shareable=("k", "v")),
+    "q_norm": Cut(_F, _F),
+    "k_norm": Cut(_F, _F),
+    "core": Cut(_F, _F),
+    "output": Cut(_F, _R, {"weight": 1}),
+}
+FEED_FORWARD: Plan = {
+    "up": Cut(_R, _F, {"weight": 0, "bias": 0}),
+    "down": Cut(_F, _R, {"weight": 1}),
+}
+MIXTURE: Plan = {
+    "router": Cut(_R, _R),
+    "dispatch": Cut(_R, _R),
+    "experts": Cut(_E, _E, expert={"gate": 0, "up": 0, "down": 0}),
+    "shared.up": FEED_FORWARD["up"],
+    "shared.down": FEED_FORWARD["down"],
+}
+HEAD: Plan = {
+    "norm": RESIDUAL_NORM,
+    "output": Cut(_R, _W, {"weight": 0}),
+}
+
+
+def under(path: str, plan: Plan) -> dict[str, Cut]:
+    """The same rows below a path."""
+    return {f"{path}.{leaf}": cut for leaf, cut in plan.items()}
+
+
+def block_plan(path: str, cross: bool = False) -> dict[str, Cut]:
+    """A block's rows: self-attention, with `cross` attention to the encoder's memory, feed-forward or a mixture of experts."""
+    rows: dict[str, Cut] = {}
+    for name in ("attention", "cross_attention") if cross else ("attention",):
+        rows |= {f"{path}.{name}_norm": RESIDUAL_NORM, f"{path}.{name}_dropout": Cut(_R, _R), **under(f"{path}.{name}", ATTENTION)}
+    rows |= {f"{path}.ffn_norm": RESIDUAL_NORM, f"{path}.ffn_dropout": Cut(_R, _R)}
+    return rows | under(f"{path}.ffn", FEED_FORWARD) | under(f"{path}.ffn", MIXTURE)

@@ -1,0 +1,149 @@
+"""What every family is: ordered units from state to state, cut anywhere between two units (contract C5).
+
+Shape letters: see `leaves.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from teratron.config import ModelConfig
+from teratron.models.leaves import accurate
+from teratron.models.plan import Plan
+from teratron.models.random import mask_keys
+from teratron.models.sight import Sight
+
+State = dict[str, Tensor]
+COORDINATES = ("positions", "segments", "keys", "real", "order", "whole_segments", "whole_keys")
+"""What every rank knows of a batch by itself and is never sent; a second stream's have its name in front.
+
+The last three are there when the sequence is cut over context ranks: the places [B, s] of this rank's tokens in it (alike in
+all rows), and the segments and keys of the whole sequence.
+"""
+TERM, LOAD = "term.", "load."
+"""Prefixes of what blocks leave in a state for the loop: sums of loss terms, and routers' choices. It stays on its stage, never sent."""
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens seen so far, one pair a layer."""
+
+    def append(self, layer: int, k_BKSD: Tensor, v_BKSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the new tokens' keys and values of a layer; return all of them, [B, K, T, D]."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all units of one stream use in a forward pass; derived from the batch's coordinates on every stage, never sent."""
+
+    positions: Tensor
+    """int64 [B, S]."""
+    rotary: tuple[Tensor, Tensor] | None
+    """cos and sin [B, 1, S, D / 2], or None."""
+    sight: Sight
+    """What self-attention may see."""
+    keys: Tensor | None
+    """Dropout keys int32 [B, S], or None = no dropout."""
+    cache: Cache | None = None
+    memory_sight: Sight | None = None
+    """What attention to the encoder's memory may see."""
+    real: Tensor | None = None
+    """bool [B, S]: False at padding; None = no padding."""
+
+
+class Model(nn.Module):
+    """Base of the families: units by global number, or any range of them. Parameters are uninitialised, see `parts.initialise`."""
+
+    plan: ClassVar[Plan]
+    """How its leaves may be cut."""
+    streams: ClassVar[Mapping[str, bool]] = {"": True}
+    """Its token streams by the prefix of their tensors' names in a batch, and whether attention in them is causal."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head: Any = None
+
+    def units(self) -> list[nn.Module]:
+        """The units of this range in order."""
+        raise NotImplementedError
+
+    @classmethod
+    def count_units(cls, config: ModelConfig) -> int:
+        """Units of a whole model."""
+        return config.layers + 2
+
+    @classmethod
+    def table_units(cls, config: ModelConfig) -> tuple[int, ...]:
+        """The units that use the first one's table of tokens, itself among them."""
+        return (0, config.layers + 1) if config.tie_embeddings else (0,)
+
+    @classmethod
+    def carried(cls, config: ModelConfig, unit: int) -> dict[str, str]:
+        """What is sent to a stage that begins with a unit: names of tensors [B, S, hidden], and the stream whose length each has."""
+        return {"hidden": ""} if unit else {}
+
+    def forward(self, state: State, mask: Tensor | None = None, cache: Cache | None = None) -> State:
+        """Run the units in order; the result holds what the next stage needs to be sent, such as hidden [B, S, H].
+
+        Args:
+            state: what the stage before sent (tokens [B, S] for the first unit), and this rank's own coordinates: positions
+                [B, S]; segments [B, S] when documents are isolated; keys [B, S] (see `with_dropout`) when features are dropped.
+            mask: bool [B, 1, S, T] of what may be seen, in place of what follows from segments.
+            cache: keys and values of earlier tokens.
+        """
+        raise NotImplementedError
+
+    def shared(self, state: State, stream: str, mask: Tensor | None, cache: Cache | None = None) -> Shared:
+        """What the units of a stream share."""
+        mine = {name: state.get(f"{stream}{name}") for name in COORDINATES}
+        sight = Sight(
+            self.streams[stream],
+            self.config.window if self.streams[stream] else 0,
+            segments=mine["segments"],
+            whole_segments=mine["whole_segments"],
+            whole_keys=mine["whole_keys"],
+            order=mine["order"][0] if mine["order"] is not None else None,
+            given=mask,
+        )
+        positions = state[f"{stream}positions"]
+        return Shared(positions, self.rotary(positions), sight, mine["keys"], cache, real=real_tokens(state, stream))
+
+    def sent(self, state: State) -> State:
+        """A state without the coordinates."""
+        own = {f"{stream}{name}" for stream in self.streams for name in COORDINATES}
+        return {name: tensor for name, tensor in state.items() if name not in own}
+
+    def rotary(self, positions_BS: Tensor) -> tuple[Tensor, Tensor] | None:
+        """cos and sin of each position's angles, [B, 1, S, D / 2] (Su et al. 2021)."""
+        if self.config.position != "rope":
+            return None
+        dtype = accurate(next(self.parameters()).dtype)
+        exponents = torch.arange(0, self.config.head_features, 2, dtype=dtype, device=positions_BS.device)
+        frequencies = 1 / self.config.rope_theta ** (exponents / self.config.head_features)  # the field's rounding, bit for bit
+        angles = positions_BS[:, None, :, None].to(dtype) * frequencies
+        return angles.cos(), angles.sin()
+
+
+def real_tokens(tensors: Mapping[str, Tensor], stream: str) -> Tensor | None:
+    """Which tokens of a stream of a state or batch are no padding, bool [B, S]; None = all."""
+    real, segments = tensors.get(f"{stream}real"), tensors.get(f"{stream}segments")
+    if segments is None or real is None:
+        return real if segments is None else segments >= 0
+    return real & (segments >= 0)
+
+
+def with_routing(state: State, router: str, terms: Mapping[str, Tensor], load_E: Tensor) -> State:
+    """A state to which a router, named by its path, has added its loss terms' sums and its choices."""
+    sums = {f"{TERM}{name}": state[f"{TERM}{name}"] + term if f"{TERM}{name}" in state else term for name, term in terms.items()}
+    return {**state, **sums, f"{LOAD}{router}": load_E}
+
+
+def with_dropout(state: State, streams: Mapping[str, bool], seed: int, step: int, sample: Tensor) -> State:
+    """A state with the dropout keys of every stream that it has; sample [B] are global sample indices."""
+    found = [stream for stream in streams if f"{stream}positions" in state]
+    return state | {f"{s}keys": mask_keys(seed, step, sample, state[f"{s}positions"], state.get(f"{s}segments")) for s in found}

@@ -1,0 +1,301 @@
+"""The mesh: all ranks on named axes, and the groups of ranks along them. The only place that calls torch.distributed's collectives."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from teratron.config import ModelConfig, ParallelConfig, UserError
+
+AXES = ("pipeline", "replicate", "shard", "context", "tensor")
+"""Outermost first: the ranks of the last axis are neighbours, and talk most."""
+DATA = ("replicate", "shard")
+"""The axes whose ranks see different samples."""
+
+PATIENCE = timedelta(days=7)
+"""How long the control group waits: a rank that has died is noticed at once, by its closed connection."""
+SPLIT = ("zb-h1", "zb-h2", "zbv", "dualpipev")
+"""Schedules that put weight gradients off."""
+
+_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+_scatter_sum: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Pending:
+    """A collective that is under way; `wait` before touching its tensors."""
+
+    def __init__(self, *works: Any) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        self._works = ()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that lie on a line of the mesh, and their collectives; in a group of one they cost nothing."""
+
+    ranks: tuple[int, ...] = (0,)
+    rank: int = 0
+    """This process's place among them."""
+    handle: Any = None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def sum(self, x: Tensor) -> Pending:
+        """Add up in place over the ranks."""
+        return self._start(dist.all_reduce, x)
+
+    def max(self, x: Tensor) -> Pending:
+        """The elementwise maximum, in place."""
+        return self._start(dist.all_reduce, x, op=dist.ReduceOp.MAX)
+
+    def gather(self, out: Tensor, x: Tensor) -> Pending:
+        """Every rank's contiguous x, one behind the other, in the contiguous `out` of `size` times as many elements."""
+        if self.size == 1 and out.data_ptr() != x.data_ptr():
+            out.view(-1).copy_(x.reshape(-1))
+        return self._start(_gather, out.view(-1), x.view(-1))
+
+    def scatter_sum(self, out: Tensor, x: Tensor) -> Pending:
+        """The sum over the ranks of the rank-th of `size` equal pieces of the contiguous x, in `out`."""
+        if self.size == 1 and out.data_ptr() != x.data_ptr():
+            out.view(-1).copy_(x.reshape(-1))
+        return self._start(_scatter_sum, out.view(-1), x.view(-1))
+
+    def _start(self, collective: Any, *tensors: Tensor, **options: Any) -> Pending:
+        if self.size == 1:
+            return Pending()
+        return Pending(collective(*tensors, group=self.handle, async_op=True, **options))
+
+    def send(self, x: Tensor, peer: int) -> Pending:
+        """To the peer-th rank of the group."""
+        return Pending(dist.isend(x, self.ranks[peer], self.handle))
+
+    def receive(self, out: Tensor, peer: int) -> Pending:
+        """What the peer-th rank of the group sends."""
+        return Pending(dist.irecv(out, self.ranks[peer], self.handle))
+
+    def shift(self, out: Tensor, x: Tensor) -> Pending:
+        """Send the contiguous x to the next rank of the ring, and receive the former one's in `out`."""
+        if self.size == 1:
+            out.copy_(x)
+            return Pending()
+        following, former = (self.ranks[(self.rank + step) % self.size] for step in (1, -1))
+        sending = dist.P2POp(dist.isend, x, following, self.handle)
+        receiving = dist.P2POp(dist.irecv, out, former, self.handle)
+        first, second = (sending, receiving) if self.rank % 2 == 0 else (receiving, sending)
+        return Pending(*dist.batch_isend_irecv([first, second]))
+
+    def exchange(self, out: Tensor, x: Tensor, came: list[int] | None = None, sent: list[int] | None = None) -> Pending:
+        """Of the contiguous x the i-th of `size` pieces goes to rank i; `out` holds what came, in rank order.
+
+        came, sent: rows of dimension 0 from and to each rank; None = equal pieces.
+        """
+        if self.size == 1:
+            out.view(-1).copy_(x.view(-1))
+        if came is None:
+            return self._start(dist.all_to_all_single, out.view(-1), x.view(-1))
+        return self._start(dist.all_to_all_single, out, x, output_split_sizes=came, input_split_sizes=sent)
+
+    def gather_bytes(self, text: bytes) -> list[bytes]:
+        """Every rank's bytes (of any length), in rank order; through host memory."""
+        if self.size == 1:
+            return [text]
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in self.ranks]
+        dist.all_gather(sizes, torch.tensor([len(text)]), group=self.handle)
+        mine = torch.zeros(max(1, *(int(size) for size in sizes)), dtype=torch.uint8)
+        if text:
+            mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        everyone = [torch.empty_like(mine) for _ in self.ranks]
+        dist.all_gather(everyone, mine, group=self.handle)
+        return [bytes(found[: int(size)].numpy()) for found, size in zip(everyone, sizes, strict=True)]
+
+
+@dataclass
+class Mesh:
+    """Every rank's place on the axes. `Mesh()` is a single process; larger ones are made by all ranks together, in the same order."""
+
+    sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 1))
+    rank: int = 0
+    _groups: dict[Any, Group] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.sizes = {axis: self.sizes.get(axis, 1) for axis in AXES}
+        for axes in (*((axis,) for axis in AXES), DATA, ("shard", "context"), ("replicate", "context"), (*DATA, "context"), AXES):
+            self.group(*axes)
+
+    @property
+    def world(self) -> int:
+        """Ranks in all."""
+        return math.prod(self.sizes.values())
+
+    @property
+    def all(self) -> Group:
+        return self.group(*AXES)
+
+    @property
+    def control(self) -> Group:
+        """All ranks, for what one may do while the others wait long: preparing data, verifying a checkpoint, writing unequal shares."""
+        if "control" not in self._groups:
+            ranks = tuple(range(self.world))
+            handle = dist.new_group(ranks, timeout=PATIENCE, backend="gloo") if self.world > 1 else None
+            self._groups["control"] = Group(ranks, self.rank, handle)
+        return self._groups["control"]
+
+    @property
+    def data(self) -> Group:
+        """The ranks that hold the same piece of the model and see different samples."""
+        return self.group(*DATA)
+
+    @property
+    def context(self) -> Group:
+        """The ranks that hold the same piece of the model and see parts of the same samples."""
+        return self.group("context")
+
+    @property
+    def tensor(self) -> Group:
+        return self.group("tensor")
+
+    def group(self, *axes: str) -> Group:
+        """The ranks that differ from this one on these axes only."""
+        longer = tuple(axis for axis in AXES if axis in axes and self.sizes[axis] > 1)
+        return self._group(longer, self._lines(longer))
+
+    def another(self, axis: str) -> Group:
+        """The ranks of `group(axis)` once more, with a communicator of their own."""
+        return self._group((axis, "another"), self._lines((axis,)), own=True)
+
+    def among(self, axis: str, places: Sequence[int]) -> Group:
+        """Of the ranks along an axis those at some places; a group of one for the others."""
+        chosen = [[line[place] for place in places] for line in self._lines((axis,))]
+        group = self._group((axis, tuple(places)), chosen) if len(places) > 1 else None
+        return group or self.group()
+
+    def experts(self, count: int, sequence: bool) -> Group:
+        """`count` ranks of a stage with different tokens, side by side: those that share the experts of a layer."""
+        axes = _token_axes(sequence)
+        runs = (line[first : first + count] for line in self._lines(axes) for first in range(0, len(line), count))
+        return self._group((axes, count, "experts"), runs)
+
+    def expert_copies(self, count: int, sequence: bool) -> Group:
+        """The ranks that hold the same of `count` shares of the experts."""
+        axes = _token_axes(sequence)
+        strides = (line[first::count] for line in self._lines(axes) for first in range(count))
+        return self._group((axes, count, "copies"), strides)
+
+    def neighbours(self, axis: str, count: int) -> Group:
+        """`count` ranks that lie side by side on an axis, this one among them."""
+        if count in (1, self.sizes[axis]):
+            return self.group(axis) if count > 1 else self.group()
+        runs = (line[first : first + count] for line in self._lines((axis,)) for first in range(0, len(line), count))
+        return self._group((axis, count), runs)
+
+    def _lines(self, axes: tuple[str, ...]) -> Iterator[list[int]]:
+        """All groups along some axes, in an order that is the same on every rank."""
+        others = [axis for axis in AXES if axis not in axes]
+        for fixed in itertools.product(*(range(self.sizes[axis]) for axis in others)):
+            along = itertools.product(*(range(self.sizes[axis]) for axis in axes))
+            yield [self._number(dict(zip((*others, *axes), (*fixed, *moving), strict=True))) for moving in along]
+
+    def _number(self, place: dict[str, int]) -> int:
+        """The rank at a place: the last axis runs fastest."""
+        number = 0
+        for axis in AXES:
+            number = number * self.sizes[axis] + place[axis]
+        return number
+
+    def _group(self, key: tuple[Any, ...], lines: Iterable[list[int]], own: bool = False) -> Group:
+        if key not in self._groups:
+            self._groups[key] = Group((self.rank,), 0)
+            for ranks in lines:
+                # Every rank makes every group; that of all ranks is there already.
+                handle = dist.new_group(ranks) if len(ranks) > 1 and (own or len(ranks) < self.world) else None
+                if self.rank in ranks:
+                    self._groups[key] = Group(tuple(ranks), ranks.index(self.rank), handle)
+        return self._groups[key]
+
+
+def _token_axes(sequence: bool) -> tuple[str, ...]:
+    """The axes whose ranks have different tokens: tensor ranks do when the sequence is cut over them."""
+    return (*DATA, "context", "tensor") if sequence else (*DATA, "context")
+
+
+def mesh_sizes(parallel: ParallelConfig, world: int) -> dict[str, int]:
+    """The degree of every axis for `world` processes; raises `UserError` when they do not divide, naming those that do."""
+    if world % parallel.tensor:
+        possible = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise UserError(f"parallel.tensor = {parallel.tensor} does not divide the {world} processes: choose one of {possible}")
+    inner = parallel.pipeline * parallel.tensor * parallel.context
+    if world % inner:
+        raise UserError(
+            f"parallel.pipeline = {parallel.pipeline} x parallel.context = {parallel.context} x parallel.tensor = {parallel.tensor} "
+            f"= {inner} does not divide the {world} processes: choose degrees whose product is one of {_divisors(world)}"
+        )
+    data, sharded = world // inner, parallel.shard != "none"
+    replicate = parallel.replicate or (1 if sharded else data)
+    if data % replicate or (not sharded and replicate != data):
+        possible = ", ".join(str(n) for n in range(1, data + 1) if data % n == 0) if sharded else str(data)
+        raise UserError(
+            f"parallel.replicate = {replicate}: there are {data} data ranks ({world} processes / {inner} that share a sample) "
+            f"and parallel.shard = {parallel.shard}: choose one of {possible}"
+        )
+    tokens = data * parallel.context * (parallel.tensor if parallel.sequence else 1)
+    if tokens % parallel.expert:
+        raise UserError(
+            f"parallel.expert = {parallel.expert} does not divide the {tokens} ranks with different tokens (data x context"
+            f"{' x tensor' if parallel.sequence else ''}): choose one of {_divisors(tokens)}"
+        )
+    sizes = {"replicate": replicate, "shard": data // replicate, "context": parallel.context, "tensor": parallel.tensor}
+    return {"pipeline": parallel.pipeline, **sizes}
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raise `UserError` for degrees that the model cannot be cut into, naming those that it can."""
+    if parallel.sequence and parallel.tensor == 1:
+        raise UserError("parallel.sequence = true needs parallel.tensor of at least 2: raise it, or leave parallel.sequence out")
+    if not _cuts(model, parallel.tensor):
+        possible = ", ".join(str(n) for n in range(1, model.heads + 1) if _cuts(model, n))
+        raise UserError(
+            f"parallel.tensor = {parallel.tensor} does not divide the model (model.heads = {model.heads}, model.kv_heads = "
+            f"{model.key_value_heads}, feed-forward width {model.ffn_width}): choose one of {possible}"
+        )
+
+    if parallel.expert > 1 and (not model.experts or model.experts % parallel.expert):
+        possible = f"choose one of {_divisors(model.experts)}" if model.experts else "set model.experts, or leave it out"
+        raise UserError(f"parallel.expert = {parallel.expert} does not divide model.experts = {model.experts}: {possible}")
+    if parallel.pipeline > 1 and parallel.schedule in SPLIT and parallel.shard in ("gradients", "parameters"):
+        raise UserError(
+            f"parallel.schedule = {parallel.schedule} puts weight gradients off, which parallel.shard = {parallel.shard} would gather and "
+            "reduce twice: choose parallel.shard optimizer or none, or schedule 1f1b, gpipe or interleaved"
+        )
+    if parallel.context > 1 and parallel.context_method == "all_to_all":
+        heads = model.heads // parallel.tensor
+        pairs = max(1, model.key_value_heads // parallel.tensor)
+        if heads % parallel.context or (pairs % parallel.context and parallel.context % pairs):
+            possible = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0 and (pairs % n == 0 or n % pairs == 0))
+            raise UserError(
+                f"parallel.context = {parallel.context} does not divide the {heads} heads of a tensor rank, which all_to_all shares: "
+                f"choose one of {possible}, or parallel.context_method ring"
+            )
+
+
+def _cuts(model: ModelConfig, ranks: int) -> bool:
+    pairs = model.key_value_heads
+    shared = pairs % ranks == 0 or ranks % pairs == 0  # fewer key/value heads than ranks: several ranks hold the same one
+    return model.heads % ranks == 0 and model.ffn_width % ranks == 0 and shared and (model.vocab_size or ranks) >= ranks

@@ -1,0 +1,241 @@
+"""The worker's side of a run in several processes: who it is, joining the other ranks, and telling the launcher how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from teratron.config import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+LAUNCHER = "TERATRON_LAUNCHER"
+"""Environment variable of the workers that `launch` starts: PID:FOLDER, the launcher's process and its private folder."""
+TIMEOUT = timedelta(minutes=10)
+"""How long a collective waits for the other ranks."""
+INTERRUPTED = 130
+"""Exit code of a run that was asked to stop, and saved."""
+LOCALHOST = "127.0.0.1"
+
+USER, DEFECT, LOST, STOPPED = "user error", "defect", "lost connection", "stopped"
+"""Kinds of records. A lost connection is somebody else's death, so its rank is blamed last."""
+PATIENCE = {USER: 2.0, DEFECT: 0.5, LOST: 5.0}
+"""Seconds that a failed worker stays, so that the launcher sees the dead first and all ranks can say the same."""
+LOST_CONNECTION = re.compile(r"gloo/|NCCL|[Cc]onnection (was likely )?(closed|reset|refused|aborted)|Broken pipe")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Which of the run's processes this is: its rank among all `world`, and among the `local_world` of this machine."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a worker ended, as it tells the launcher: `time` in seconds since the epoch, `sentence` a line, `trace` a traceback."""
+
+    rank: int
+    kind: str
+    time: float
+    sentence: str = ""
+    trace: str = ""
+
+
+def this_worker() -> Worker | None:
+    """Which worker this process is, as `launch`, torchrun or srun says in its environment; None for a process on its own.
+
+    Under srun with several tasks it also sets MASTER_ADDR and MASTER_PORT where they are unset. Raises `UserError` for variables that
+    are no numbers.
+    """
+    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+        world = _number("WORLD_SIZE")
+        _check_environment(_number("RANK"), world)
+        local_world = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else world
+        return Worker(_number("RANK"), world, _number("LOCAL_RANK"), local_world)
+    return _slurm_task()
+
+
+def _check_environment(rank: int, world: int) -> None:
+    if rank >= world:
+        raise UserError(f"environment variables RANK={rank} and WORLD_SIZE={world}: expected RANK below WORLD_SIZE, as torchrun sets them")
+
+
+def _slurm_task() -> Worker | None:
+    # A batch script itself has SLURM_PROCID and SLURM_NTASKS too; only what srun starts is a step.
+    if not {"SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"} <= os.environ.keys():
+        return None
+    world = _number("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS")
+    if world == 1:
+        return None
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+    first = re.sub(r"\[([^],-]+)[^]]*]", r"\1", nodes).partition(",")[0] if nodes else os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
+    os.environ.setdefault("MASTER_ADDR", first or LOCALHOST)
+    # Below the ports that systems hand out; two steps of a job on the same node get different ones.
+    job = _number("SLURM_JOB_ID") if "SLURM_JOB_ID" in os.environ else 0
+    os.environ.setdefault("MASTER_PORT", str(15000 + (job + _number("SLURM_STEP_ID")) % 15000))
+    return Worker(_number("SLURM_PROCID"), world, _number("SLURM_LOCALID"), _tasks_on_node(world))
+
+
+def _tasks_on_node(world: int) -> int:
+    """How many tasks of the step run on this node, from a list such as `4(x2),3`, which means 4, 4, 3."""
+    counts = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE") or str(world)
+    tasks = [int(count) for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
+    node = _number("SLURM_NODEID") if "SLURM_NODEID" in os.environ else 0
+    return tasks[node] if node < len(tasks) else world
+
+
+def _number(name: str) -> int:
+    value = os.environ[name]
+    if not value.isdecimal():
+        raise UserError(f"environment variable {name}={value!r}: expected a whole number, as torchrun or srun sets it; or unset it")
+    return int(value)
+
+
+def connect(worker: Worker, device: torch.device) -> None:
+    """Join the other ranks: gloo for CPU tensors and, on a CUDA device, NCCL for CUDA tensors; choose this rank's CUDA device.
+
+    Raises `UserError` when this machine has fewer CUDA devices than workers.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if device.type == "cuda":
+        torch.cuda.set_device(_cuda_index(worker, torch.cuda.device_count()))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=worker.rank, world_size=worker.world, timeout=TIMEOUT)
+
+
+def _cuda_index(worker: Worker, devices: int) -> int:
+    if devices >= worker.local_world:
+        return worker.local_rank
+    if devices == 1 and "LOCAL_RANK" not in os.environ:
+        return 0  # srun has given each task its own
+    raise UserError(
+        f"{worker.local_world} processes on a machine with {devices} CUDA device{'s' * (devices != 1)}: expected a device for each; "
+        f"start {max(devices, 1)} at most, such as --nproc {max(devices, 1)}, or choose --device cpu"
+    )
+
+
+def disconnect() -> None:
+    """Leave the other ranks at an orderly end; while an exception goes up this does nothing, since it could wait for a dead rank."""
+    import torch.distributed as dist
+
+    if sys.exc_info()[0] is None and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launched() -> bool:
+    """Whether `launch` has started this process. A process that a worker starts inherits its environment, but leads no session."""
+    return LAUNCHER in os.environ and os.getsid(0) == os.getpid()
+
+
+def supervised(body: Callable[[], int]) -> int:
+    """Run the whole of a process, and return its exit code. In a worker of `launch` (else this only calls `body`):
+
+    it dies with the launcher, however that dies; an exception is told to the launcher; a failure ends the process without Python's
+    own exit, which would wait for threads that wait for other ranks; and code 130 becomes 0, since elastic would end the ranks that
+    are still saving.
+    """
+    if not launched():
+        return body()
+    _die_with_launcher()
+    process = _folder() / f"process-{os.environ['RANK']}-{os.getpid()}"
+    process.touch()
+    try:
+        code = body()
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except (Exception, KeyboardInterrupt) as error:
+        _report(error)
+    if code == INTERRUPTED:
+        _write(STOPPED)
+    elif code:
+        _leave(code)
+    process.unlink()
+    return 0
+
+
+def listen(on: bool) -> None:
+    """Tell the launcher whether this worker now looks at `stop_requested`: it asks only then, and else ends all at once."""
+    mark = _folder() / f"listening-{os.environ['RANK']}"
+    mark.touch() if on else mark.unlink(missing_ok=True)
+
+
+def stop_requested() -> bool:
+    """Whether the launcher has asked to save and stop; ranks may learn of it at different steps."""
+    return launched() and (_folder() / "stop").exists()
+
+
+def _folder() -> Path:
+    return Path(os.environ[LAUNCHER].partition(":")[2])
+
+
+def _die_with_launcher() -> None:
+    """Let the kernel kill this process when its parent dies (Linux only; elsewhere a killed launcher leaves its workers)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(os.environ[LAUNCHER].partition(":")[0]):
+        os._exit(1)  # it had died before
+
+
+def _report(error: BaseException) -> NoReturn:
+    """Tell the launcher, stay a while, and leave."""
+    kind = _kind(error)
+    if kind == USER:
+        sentence, trace = " ".join(str(error).splitlines()), ""
+    else:
+        sentence = f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
+        trace = "".join(traceback.format_exception(error))
+    try:
+        _write(kind, sentence, trace)
+    except OSError:
+        print(f"teratron: error: rank {os.environ['RANK']}: {sentence}\n{trace}", file=sys.stderr)
+    end = time.monotonic() + PATIENCE[kind]
+    while len(list(_folder().glob("rank-*.json"))) < int(os.environ["WORLD_SIZE"]) and time.monotonic() < end:
+        time.sleep(0.05)
+    _leave(2 if kind == USER else 1)
+
+
+def _leave(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _kind(error: BaseException) -> str:
+    """What sort of failure this is. The first exception of a chain counts: cleaning up after it may well lose connections."""
+    first = error
+    while before := first.__cause__ or first.__context__:
+        first = before
+    if isinstance(first, RuntimeError):
+        from torch.distributed import DistError
+
+        if isinstance(first, DistError) or LOST_CONNECTION.search(str(first)):
+            return LOST
+    return USER if isinstance(error, UserError) else DEFECT
+
+
+def _write(kind: str, sentence: str = "", trace: str = "") -> None:
+    """Leave this worker's record in the launcher's folder, whole or not at all."""
+    record = Record(int(os.environ["RANK"]), kind, time.time(), sentence, trace)
+    draft = _folder() / f"draft-{record.rank}"
+    draft.write_text(json.dumps(asdict(record)), "utf-8")
+    draft.replace(_folder() / f"rank-{record.rank}.json")

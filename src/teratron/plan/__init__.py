@@ -1,0 +1,1 @@
+"""Layouts seen before they run: what a step costs, and its picture."""

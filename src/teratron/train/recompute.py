@@ -1,0 +1,32 @@
+"""Activation recomputation: backward makes again what forward did not keep (Chen et al. 2016; Korthikanti et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from teratron.models import Model
+from teratron.models.blocks import Block
+from teratron.models.leaves import AttentionCore
+
+
+def recompute(model: Model, mode: str, every: int) -> None:
+    """Recompute every `every`-th block (`full`), only the attention inside it (`selective`), or nothing (`none`)."""
+    blocks = [unit for unit in model.units() if isinstance(unit, Block)][::every]
+    for block in blocks if mode != "none" else ():
+        targets = [block] if mode == "full" else [module for module in block.modules() if isinstance(module, AttentionCore)]
+        for module in targets:
+            module.forward = _recomputed(module.forward)  # type: ignore[method-assign]
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    # Masks are functions of coordinates: there is no generator whose state would have to be brought back.
+    def run(*inputs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*inputs)
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    return run
