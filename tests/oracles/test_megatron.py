@@ -1,4 +1,8 @@
-"""The same weights give the same logits, loss and gradients as megatron-core's GPTModel, tensor-parallel 1 and 2, in float64."""
+"""The same weights give the same logits, loss and gradients as megatron-core's GPTModel, tensor-parallel 1 and 2, in float64.
+
+So does our pipeline of two ranks, whose loss and gradient norm are compared with megatron-core's whole model: its own pipeline has not
+been made to run without CUDA.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from teratron.models import GPT, build_model, initialise, parts_of
 from teratron.objectives import Batch, NextToken, total_loss
 
 MEGATRON = "megatron-core==0.16.1"
-WORKER = Path(__file__).with_name("megatron_worker.py")
+WORKER, PIPELINE = (Path(__file__).with_name(f"{name}_worker.py") for name in ("megatron", "pipeline"))
 INSTALL_SECONDS, RUN_SECONDS = 120, 120
 LENGTH, VOCAB = 12, 50
 GPT2 = ModelConfig(layers=2, hidden=16, heads=4, seq_length=LENGTH, vocab_size=VOCAB, vocab_multiple=16, init_std=0.3)
@@ -33,6 +37,7 @@ STYLES = {
     "llama": LLAMA,
     "normed-wide-heads": dataclasses.replace(LLAMA, qk_norm=True, head_dim=6, tie_embeddings=True, activation="geglu"),
 }
+SCHEDULES = {"gpt2": "1f1b", "llama": "zb-h1", "normed-wide-heads": "gpipe"}
 LAYOUTS = {"tensor-1": (1, False), "tensor-2": (2, False), "tensor-2-sequence": (2, True)}
 FLOOR = 1e-3
 """Gradients are compared relative to their largest element, but never to less than this."""
@@ -109,12 +114,26 @@ def theirs(models: dict[str, GPT], megatron: Path, folder: Path) -> None:
             fields = dataclasses.asdict(model.config)
             cases[f"{style}-{layout}"] = {"model": fields, "inputs": f"{style}.inputs", "tensor": tensor, "sequence": sequence}
     (folder / "cases.json").write_text(json.dumps(cases), "utf-8")
+    run_worker(WORKER, folder, megatron)
+
+
+def run_worker(script: Path, folder: Path, megatron: Path) -> None:
     # It compiles functions when imported, unless told not to; and it must see no GPU, because its collectives run on CPU.
     path = os.pathsep.join(filter(None, [str(megatron), os.environ.get("PYTHONPATH")]))
     settings = {"PYTHONPATH": path, "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(WORKER), str(folder)]
+    command = [sys.executable, str(script), str(folder)]
     result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
+
+
+def pipelined(models: dict[str, GPT], megatron: Path, folder: Path) -> None:
+    """Our own two ranks on the same inputs."""
+    cases = {
+        f"{style}-pipeline": {"model": dataclasses.asdict(model.config), "inputs": f"{style}.inputs", "schedule": SCHEDULES[style]}
+        for style, model in models.items()
+    }
+    (folder / "pipelines.json").write_text(json.dumps(cases), "utf-8")
+    run_worker(PIPELINE, folder, megatron)
 
 
 def test_logits_loss_and_gradients_equal_megatron_core(megatron: Path, tmp_path: Path) -> None:
@@ -132,3 +151,8 @@ def test_logits_loss_and_gradients_equal_megatron_core(megatron: Path, tmp_path:
             found |= {f"{case}: {name}": tensor for name, tensor in tensors.items()}
             expected |= {f"{case}: {name}": tensor for name, tensor in load_file(tmp_path / f"{case}.safetensors").items()}
     assert_parity(found, expected, tol=1e-9, lr=FLOOR, steps=1)
+    pipelined(models, megatron, tmp_path)
+    for style in models:
+        piped, whole = (load_file(tmp_path / f"{style}-{case}.safetensors") for case in ("pipeline", "tensor-1"))
+        norm = torch.stack([gradient.norm() for name, gradient in whole.items() if name.startswith("gradient.")]).norm()
+        assert_parity(piped, {"loss": whole["loss"], "norm": norm}, tol=1e-9, lr=0.0, steps=1)

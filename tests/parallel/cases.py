@@ -22,8 +22,10 @@ from teratron.train.engine import Engine
 
 torch.set_num_threads(1)  # a second thread only costs on matrices this small
 
+Keys = dict[str, Any]
+"""Of a config, by their full names."""
 VOCAB = 13
-KEYS: dict[str, Any] = {
+KEYS: Keys = {
     "model.layers": 2,
     "model.hidden": 16,
     "model.heads": 4,
@@ -67,6 +69,23 @@ def config_of(keys: dict[str, Any]) -> Config:
     config = Config().override(keys)
     object.__setattr__(config.model, "family", family)
     return config
+
+
+def layout(name: str) -> Keys:
+    """Keys of, such as, `pipeline 2 zbv x tensor 2 x sequence`: an axis with its degree, and what belongs to it; "" has none."""
+    keys: Keys = {}
+    for axis, *words in (part.split() for part in name.split(" x ") if part):
+        if axis == "sequence":
+            keys["parallel.sequence"] = True
+        elif axis == "shard":
+            keys["parallel.shard"] = words[0]
+        else:
+            keys[f"parallel.{axis}"] = int(words[0])
+            if len(words) > 1:
+                keys[{"pipeline": "parallel.schedule", "context": "parallel.context_method"}[axis]] = words[1]
+            if len(words) > 2:
+                keys["parallel.chunks"] = int(words[2])
+    return keys
 
 
 def engine_of(rank: int, ranks: int, keys: dict[str, Any]) -> Engine:
@@ -119,7 +138,7 @@ def train(
         batch = share(engine, batch_of(engine.config, step, packed, length, silent))
         tally, norm = engine.step(batch, step=step, number=step, lr=engine.config.optim.lr)
         losses.append(tally.loss())
-        norms.append(norm)
+        norms.append(float(norm))
     return losses, norms, engine.optimizer.pieces()
 
 

@@ -10,5 +10,5 @@ from teratron.parallel.mesh import Mesh
 
 def place(monkeypatch: pytest.MonkeyPatch, rank: int, **sizes: int) -> Mesh:
     """The mesh as one rank sees it; for the rest of the test, groups can be made and asked, not used."""
-    monkeypatch.setattr(dist, "new_group", lambda ranks: None)
+    monkeypatch.setattr(dist, "new_group", lambda ranks, timeout: None)
     return Mesh(sizes, rank)

@@ -5,37 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cases import assert_layout_invisible, config_of
+from cases import Keys, assert_layout_invisible, config_of, layout
 
 from teratron.parallel.mesh import mesh_sizes
+from teratron.parallel.schedules import SCHEDULES
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-Keys = dict[str, Any]
 DEEP: Keys = {"model.layers": 4}
 MODERN: Keys = {"model.position": "rope", "model.norm": "rmsnorm", "model.activation": "swiglu", "model.kv_heads": 2, **DEEP}
 UNTIED: Keys = {"model.tie_embeddings": False, **DEEP}
 T5: Keys = {"model.family": "encoder_decoder", "model.kv_heads": 2}
 DROPPING: Keys = {"model.attention_dropout": 0.2}
+MOE: Keys = {"model.experts": 4, "model.expert_ffn": 12, "model.z_loss": 0.01, "model.capacity": 1.1, **DEEP}
+LOSS_FREE: Keys = {"model.router": "sigmoid", "model.router_balance": "bias", "model.shared_experts": 1, **MOE}
 FULL, SELECTIVE = {"train.recompute": "full"}, {"train.recompute": "selective"}
 WHOLE, ODD, PACKED, SILENT = (False, 8), (False, 7), (True, 8), (False, 7, 4)
-
-
-def layout(name: str) -> Keys:
-    """Such as `pipeline 2 zbv x tensor 2 x sequence`: an axis with its degree, and what belongs to it."""
-    keys: Keys = {}
-    for axis, *words in (part.split() for part in name.split(" x ")):
-        if axis == "sequence":
-            keys["parallel.sequence"] = True
-        elif axis == "shard":
-            keys["parallel.shard"] = words[0]
-        else:
-            keys[f"parallel.{axis}"] = int(words[0])
-            if len(words) > 1:
-                keys[{"pipeline": "parallel.schedule", "context": "parallel.context_method"}[axis]] = words[1]
-            if len(words) > 2:
-                keys["parallel.chunks"] = int(words[2])
-    return keys
 
 
 COMPOSITIONS: list[tuple[int, str, Keys, int, tuple[Any, ...]]] = [
@@ -47,6 +32,9 @@ COMPOSITIONS: list[tuple[int, str, Keys, int, tuple[Any, ...]]] = [
     (4, "pipeline 2 interleaved x context 2 all_to_all", DEEP | SELECTIVE, 1, ODD),
     (4, "pipeline 2 dualpipev x context 2 ring", UNTIED | DROPPING, 1, WHOLE),
     (4, "pipeline 2 zb-h2 x shard optimizer", MODERN, 1, SILENT),
+    (4, "pipeline 2 zb-h2 x tensor 2", UNTIED, 1, PACKED),
+    (4, "pipeline 2 zbv x shard optimizer", DEEP | FULL, 1, PACKED),
+    (4, "pipeline 2 dualpipev x shard optimizer", T5, 1, ODD),
     (4, "pipeline 2 1f1b x shard gradients", DEEP, 2, WHOLE),
     (4, "pipeline 2 1f1b x shard parameters", DEEP, 1, ODD),
     (4, "pipeline 2 gpipe x shard parameters", UNTIED | FULL, 2, WHOLE),
@@ -73,6 +61,9 @@ COMPOSITIONS: list[tuple[int, str, Keys, int, tuple[Any, ...]]] = [
     (8, "pipeline 2 interleaved x replicate 2 x shard parameters", UNTIED, 1, WHOLE),
     (8, "pipeline 4 dualpipev x replicate 2", T5 | {"model.layers": 3}, 1, PACKED),
     (8, "pipeline 2 1f1b x tensor 2 x sequence x context 2 ring", T5, 2, PACKED),
+    (8, "expert 2 x tensor 2 x shard optimizer", MOE, 1, ODD),
+    (8, "expert 4 x tensor 2 x sequence x pipeline 2 zbv", LOSS_FREE | DROPPING, 2, PACKED),
+    (8, "expert 2 x context 2 ring x pipeline 2 1f1b x shard parameters", LOSS_FREE, 1, ODD),
 ]
 
 
@@ -86,4 +77,7 @@ def test_the_compositions_are_many_and_several_axes_each() -> None:
     composed = {name for (_, name, *_), size in zip(COMPOSITIONS, sizes, strict=True) if sum(degree > 1 for degree in size.values()) > 1}
     assert len(composed) == len(COMPOSITIONS) >= 25
     assert all(any(size[axis] > 1 for size in sizes) for axis in sizes[0])
+    for schedule in SCHEDULES:
+        assert any(schedule in name.split() and "tensor" in name for name in composed), f"{schedule} with tensor ranks"
+        assert any(schedule in name.split() and "shard" in name for name in composed), f"{schedule} with sharding"
     assert sum(sum(degree > 1 for degree in size.values()) == 3 for size in sizes) >= 8

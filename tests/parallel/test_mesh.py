@@ -29,7 +29,7 @@ def everyone(sizes: dict[str, int], neighbours: int = 1, places: Sequence[int] =
     for rank in range(math.prod(sizes.values())):
         made: list[tuple[int, ...]] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dist, "new_group", lambda ranks, made=made: made.append(tuple(ranks)))
+            patch.setattr(dist, "new_group", lambda ranks, timeout, made=made: made.append(tuple(ranks)))
             meshes.append(Mesh(sizes, rank))
             meshes[-1].neighbours("tensor", neighbours)
             meshes[-1].another("pipeline")
@@ -100,7 +100,7 @@ def test_ranks_at_some_places_of_an_axis_are_a_group_and_the_others_are_alone() 
 
 
 def test_another_group_of_an_axis_has_a_communicator_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "new_group", lambda ranks: object())
+    monkeypatch.setattr(dist, "new_group", lambda ranks, timeout: object())
     mesh = Mesh({"pipeline": 2}, 1)
     assert mesh.group("pipeline").handle is None, "that of all ranks is there already"
     assert mesh.another("pipeline").handle is not None

@@ -55,6 +55,27 @@ def test_every_rank_stands_in_one_cell() -> None:
         assert at == {axis: mesh.group(axis).rank for axis in ("replicate", "shard", "context")}
 
 
+@pytest.mark.parametrize(("sequence", "degree"), [(False, 2), (False, 6), (True, 2), (True, 3), (True, 12)])
+def test_the_experts_on_paper_are_those_of_the_mesh(sequence: bool, degree: int) -> None:
+    keys = {"parallel__pipeline": 2, "parallel__context": 2, "parallel__tensor": 4, "parallel__sequence": sequence}
+    layout = laid(48, **keys, model__experts=12, parallel__expert=degree)
+    for place in range(len(layout.places)):
+        held = layout.experts(place)
+        for tensor, rank in enumerate(layout.ranks(1, place)):
+            share = PaperMesh(layout.sizes, rank).experts(degree, sequence).rank
+            assert held[tensor if sequence else 0] == range(share * 12 // degree, (share + 1) * 12 // degree)
+    text, svg = layout_text(layout, 160), layout_svg(layout, "experts")
+    first = "experts " + {
+        (False, 2): "0-5",
+        (False, 6): "0-1",
+        (True, 2): "0-5 | 6-11 | 0-5 | 6-11",
+        (True, 3): "0-3 | 4-7 | 8-11 | 0-3",
+    }.get((sequence, degree), "0 | 1 | 2 | 3")
+    assert first in text
+    assert first in svg
+    assert f"{12 // degree} of 12 experts" in text
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "dualpipev"])
 def test_the_ranks_of_a_pipeline_hold_the_model_once(schedule: str) -> None:
     """But for the table of tied embeddings, which first and last stage hold."""

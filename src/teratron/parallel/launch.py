@@ -16,7 +16,8 @@ from types import FrameType
 from typing import Any
 
 from teratron.config import UserError
-from teratron.parallel.worker import DEFECT, INTERRUPTED, LAUNCHER, LOCALHOST, LOST, STOPPED, USER, Record
+from teratron.parallel.doing import read_doing
+from teratron.parallel.worker import DEFECT, INTERRUPTED, LAUNCHER, LOCALHOST, LOST, STALLED, STOPPED, USER, Record
 
 READER_GONE = 141
 """Exit code of a worker whose standard output nobody reads any more: no error to tell."""
@@ -47,9 +48,13 @@ def launch(nproc: int, command: Sequence[str]) -> int:
             return INTERRUPTED
         records = {record.rank: record for record in _records(folder)}
         hung = {int(path.name.removeprefix(HUNG)) for path in folder.glob(f"{HUNG}*")}
+        doing = [read_doing(folder / f"doing-{rank}") for rank in range(nproc)]
     if not failures:
         return INTERRUPTED if any(record.kind == STOPPED for record in records.values()) else 0
     message, code = _verdict(nproc, failures, records, hung)
+    blamed = _blamed(failures, records)
+    if blamed in hung or (blamed in records and records[blamed].kind == STALLED):
+        message += "".join(f"\n  rank {rank}: {what or 'between steps'}" for rank, what in enumerate(doing))
     if message:
         print(message, file=sys.stderr)
     return code
@@ -183,19 +188,21 @@ def _verdict(nproc: int, failures: Mapping[int, int], records: Mapping[int, Reco
         same = sorted(other.rank for other in records.values() if (other.kind, other.sentence) == (USER, record.sentence))
         who = "" if len(same) == nproc else f"rank{'s' * (len(same) > 1)} {', '.join(map(str, same))}: "
         return f"teratron: error: {who}{record.sentence}", 2
+    if record.kind == STALLED:
+        return f"teratron: error: rank {rank} waited in vain for another{stopped}", 1
     return f"teratron: error: rank {rank} raised {record.sentence}{stopped}\n{record.trace.rstrip()}", 1
 
 
 def _blamed(failures: Mapping[int, int], records: Mapping[int, Record]) -> int:
-    """The rank whose death was the first cause: not one that lost a connection, and not one that elastic ended."""
+    """The rank whose death was the first cause: not one that waited in vain or lost a connection, and not one that elastic ended."""
     own = [record for record in records.values() if record.kind in (USER, DEFECT)]
     for place, (rank, code) in enumerate(failures.items()):
         if rank not in records and (place == 0 or code != -signal.SIGTERM):
             return rank
-        if rank in records and records[rank].kind != LOST:
+        if rank in records and records[rank].kind not in (STALLED, LOST):
             break
-    lost = [record for record in records.values() if record.kind == LOST]
-    return min(own or lost, key=lambda record: record.time).rank
+    stalled, lost = ([record for record in records.values() if record.kind == kind] for kind in (STALLED, LOST))
+    return min(own or stalled or lost, key=lambda record: record.time).rank
 
 
 def _death(code: int) -> str:

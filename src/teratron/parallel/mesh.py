@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from teratron.config import ModelConfig, ParallelConfig, UserError
+from teratron.parallel.doing import TIMEOUT, Doing
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 """Outermost first: the ranks of the last axis are neighbours, and talk most."""
@@ -30,14 +32,14 @@ _scatter_sum: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_
 
 
 class Pending:
-    """A collective that is under way; `wait` before touching its tensors."""
+    """A collective that is under way; `wait` before touching its tensors. Raises `Stall` where other ranks do not come in time."""
 
-    def __init__(self, *works: Any) -> None:
-        self._works = works
+    def __init__(self, *works: Any, group: Group | None = None, what: str = "") -> None:
+        self._works, self._group, self._what = works, group, what
 
     def wait(self) -> None:
-        for work in self._works:
-            work.wait()
+        if self._works and self._group is not None:
+            self._group.doing.wait(self._works, f"{self._what} {self._group.words}")
         self._works = ()
 
 
@@ -49,10 +51,19 @@ class Group:
     rank: int = 0
     """This process's place among them."""
     handle: Any = None
+    axes: str = field(default="", compare=False)
+    """Along which they lie, for people."""
+    doing: Doing = field(default_factory=Doing, compare=False, repr=False)
 
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    @cached_property
+    def words(self) -> str:
+        """Such as: over ranks 2, 3 (tensor)."""
+        few = ", ".join(map(str, self.ranks)) if self.size <= 8 else f"{self.ranks[0]} ... {self.ranks[-1]}"
+        return f"over ranks {few} ({self.axes})"
 
     def sum(self, x: Tensor) -> Pending:
         """Add up in place over the ranks."""
@@ -74,18 +85,18 @@ class Group:
             out.view(-1).copy_(x.reshape(-1))
         return self._start(_scatter_sum, out.view(-1), x.view(-1))
 
-    def _start(self, collective: Any, *tensors: Tensor, **options: Any) -> Pending:
+    def _start(self, collective: Any, *tensors: Tensor | list[Tensor], **options: Any) -> Pending:
         if self.size == 1:
             return Pending()
-        return Pending(collective(*tensors, group=self.handle, async_op=True, **options))
+        return Pending(collective(*tensors, group=self.handle, async_op=True, **options), group=self, what=collective.__name__)
 
     def send(self, x: Tensor, peer: int) -> Pending:
         """To the peer-th rank of the group."""
-        return Pending(dist.isend(x, self.ranks[peer], self.handle))
+        return Pending(dist.isend(x, self.ranks[peer], self.handle), group=self, what=f"send to rank {self.ranks[peer]}")
 
     def receive(self, out: Tensor, peer: int) -> Pending:
         """What the peer-th rank of the group sends."""
-        return Pending(dist.irecv(out, self.ranks[peer], self.handle))
+        return Pending(dist.irecv(out, self.ranks[peer], self.handle), group=self, what=f"receive from rank {self.ranks[peer]}")
 
     def shift(self, out: Tensor, x: Tensor) -> Pending:
         """Send the contiguous x to the next rank of the ring, and receive the former one's in `out`."""
@@ -96,7 +107,7 @@ class Group:
         sending = dist.P2POp(dist.isend, x, following, self.handle)
         receiving = dist.P2POp(dist.irecv, out, former, self.handle)
         first, second = (sending, receiving) if self.rank % 2 == 0 else (receiving, sending)
-        return Pending(*dist.batch_isend_irecv([first, second]))
+        return Pending(*dist.batch_isend_irecv([first, second]), group=self, what="shift")
 
     def exchange(self, out: Tensor, x: Tensor, came: list[int] | None = None, sent: list[int] | None = None) -> Pending:
         """Of the contiguous x the i-th of `size` pieces goes to rank i; `out` holds what came, in rank order.
@@ -114,12 +125,12 @@ class Group:
         if self.size == 1:
             return [text]
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in self.ranks]
-        dist.all_gather(sizes, torch.tensor([len(text)]), group=self.handle)
+        self._start(dist.all_gather, sizes, torch.tensor([len(text)])).wait()
         mine = torch.zeros(max(1, *(int(size) for size in sizes)), dtype=torch.uint8)
         if text:
             mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         everyone = [torch.empty_like(mine) for _ in self.ranks]
-        dist.all_gather(everyone, mine, group=self.handle)
+        self._start(dist.all_gather, everyone, mine).wait()
         return [bytes(found[: int(size)].numpy()) for found, size in zip(everyone, sizes, strict=True)]
 
 
@@ -129,6 +140,10 @@ class Mesh:
 
     sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 1))
     rank: int = 0
+    doing: Doing = field(default_factory=Doing, repr=False)
+    """What this rank is at."""
+    timeout: timedelta = TIMEOUT
+    """How long its groups wait, but for that of all ranks, which `connect` has made."""
     _groups: dict[Any, Group] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -151,7 +166,7 @@ class Mesh:
         if "control" not in self._groups:
             ranks = tuple(range(self.world))
             handle = dist.new_group(ranks, timeout=PATIENCE, backend="gloo") if self.world > 1 else None
-            self._groups["control"] = Group(ranks, self.rank, handle)
+            self._groups["control"] = Group(ranks, self.rank, handle, "control", self.doing)
         return self._groups["control"]
 
     @property
@@ -221,9 +236,10 @@ class Mesh:
             self._groups[key] = Group((self.rank,), 0)
             for ranks in lines:
                 # Every rank makes every group; that of all ranks is there already.
-                handle = dist.new_group(ranks) if len(ranks) > 1 and (own or len(ranks) < self.world) else None
+                apart = len(ranks) > 1 and (own or len(ranks) < self.world)
+                handle = dist.new_group(ranks, timeout=self.timeout) if apart else None
                 if self.rank in ranks:
-                    self._groups[key] = Group(tuple(ranks), ranks.index(self.rank), handle)
+                    self._groups[key] = Group(tuple(ranks), ranks.index(self.rank), handle, " ".join(map(str, key)), self.doing)
         return self._groups[key]
 
 
@@ -298,4 +314,5 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
 def _cuts(model: ModelConfig, ranks: int) -> bool:
     pairs = model.key_value_heads
     shared = pairs % ranks == 0 or ranks % pairs == 0  # fewer key/value heads than ranks: several ranks hold the same one
-    return model.heads % ranks == 0 and model.ffn_width % ranks == 0 and shared and (model.vocab_size or ranks) >= ranks
+    widths = (model.heads, model.ffn_width, model.shared_experts * model.expert_width)
+    return all(width % ranks == 0 for width in widths) and shared and (model.vocab_size or ranks) >= ranks

@@ -55,12 +55,16 @@ class Runtime:
     def run(self, work: Work, forward_only: bool = False) -> None:
         """All actions of one step; forward_only: leave out whatever belongs to gradients, as in an evaluation."""
         self.work, self.here, self.sends = work, dict[Message, State](), list[Pending]()
+        doing = self.channels.down.doing
         for action in self.actions:
             for part in action.parts or (action,):
                 if not forward_only or _is_forward(part):
+                    doing.say(part.words)
                     self._perform(part)
+        doing.say("end of the passes")
         for pending in self.sends:
             pending.wait()
+        doing.say("")
 
     def _perform(self, action: Action) -> None:
         stage, batch = action.stage, action.micro_batch

@@ -75,11 +75,15 @@ class Action:
         maker = self.stage - (self.kind is Kind.RECEIVE_STATE) + (self.kind is Kind.RECEIVE_GRADIENT)
         return Message(self.kind in (Kind.SEND_GRADIENT, Kind.RECEIVE_GRADIENT), maker, self.micro_batch)
 
+    @property
+    def words(self) -> str:
+        """Without the other rank."""
+        return f"{_WORDS[self.kind]} of micro-batch {self.micro_batch} in stage {self.stage}"
+
     def __str__(self) -> str:
         if self.parts:
             return " with ".join(map(str, self.parts))
-        direction = "" if self.peer < 0 else f" {'to' if self.kind in SENDS else 'from'} rank {self.peer}"
-        return f"{_WORDS[self.kind]} of micro-batch {self.micro_batch} in stage {self.stage}{direction}"
+        return self.words + ("" if self.peer < 0 else f" {'to' if self.kind in SENDS else 'from'} rank {self.peer}")
 
 
 Orders = tuple[tuple[Action, ...], ...]

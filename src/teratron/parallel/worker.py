@@ -18,21 +18,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from teratron.config import UserError
+from teratron.parallel.doing import TIMEOUT, Doing, Stall
 
 if TYPE_CHECKING:
     import torch
 
 LAUNCHER = "TERATRON_LAUNCHER"
 """Environment variable of the workers that `launch` starts: PID:FOLDER, the launcher's process and its private folder."""
-TIMEOUT = timedelta(minutes=10)
-"""How long a collective waits for the other ranks."""
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop, and saved."""
 LOCALHOST = "127.0.0.1"
 
-USER, DEFECT, LOST, STOPPED = "user error", "defect", "lost connection", "stopped"
-"""Kinds of records. A lost connection is somebody else's death, so its rank is blamed last."""
-PATIENCE = {USER: 2.0, DEFECT: 0.5, LOST: 5.0}
+USER, DEFECT, STALLED, LOST, STOPPED = "user error", "defect", "waited in vain", "lost connection", "stopped"
+"""Kinds of records. Who waited in vain or lost a connection suffers from another rank, so it is blamed last."""
+PATIENCE = {USER: 2.0, DEFECT: 0.5, STALLED: 0.5, LOST: 5.0}
 """Seconds that a failed worker stays, so that the launcher sees the dead first and all ranks can say the same."""
 LOST_CONNECTION = re.compile(r"gloo/|NCCL|[Cc]onnection (was likely )?(closed|reset|refused|aborted)|Broken pipe")
 
@@ -108,7 +107,7 @@ def _number(name: str) -> int:
     return int(value)
 
 
-def connect(worker: Worker, device: torch.device) -> None:
+def connect(worker: Worker, device: torch.device, timeout: timedelta = TIMEOUT) -> None:
     """Join the other ranks: gloo for CPU tensors and, on a CUDA device, NCCL for CUDA tensors; choose this rank's CUDA device.
 
     Raises `UserError` when this machine has fewer CUDA devices than workers.
@@ -119,7 +118,7 @@ def connect(worker: Worker, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(_cuda_index(worker, torch.cuda.device_count()))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=worker.rank, world_size=worker.world, timeout=TIMEOUT)
+    dist.init_process_group(backend, rank=worker.rank, world_size=worker.world, timeout=timeout)
 
 
 def _cuda_index(worker: Worker, devices: int) -> int:
@@ -144,6 +143,11 @@ def disconnect() -> None:
 def launched() -> bool:
     """Whether `launch` has started this process. A process that a worker starts inherits its environment, but leads no session."""
     return LAUNCHER in os.environ and os.getsid(0) == os.getpid()
+
+
+def telling() -> Doing:
+    """Where this process says what it is doing: a worker of `launch` to the launcher."""
+    return Doing(_folder() / f"doing-{os.environ['RANK']}" if launched() else None)
 
 
 def supervised(body: Callable[[], int]) -> int:
@@ -223,8 +227,10 @@ def _leave(code: int) -> NoReturn:
 def _kind(error: BaseException) -> str:
     """What sort of failure this is. The first exception of a chain counts: cleaning up after it may well lose connections."""
     first = error
-    while before := first.__cause__ or first.__context__:
+    while not isinstance(first, Stall) and (before := first.__cause__ or first.__context__):
         first = before
+    if isinstance(first, Stall):
+        return STALLED
     if isinstance(first, RuntimeError):
         from torch.distributed import DistError
 

@@ -96,6 +96,13 @@ class Layout:
         start = (pipeline * len(self.places) + place) * tensor
         return range(start, start + tensor)
 
+    def experts(self, place: int) -> list[range]:
+        """The experts of each layer that the ranks of a tensor group hold: one range for all of them, or with sequence one each."""
+        degree, tensor = self.config.parallel.expert, self.sizes["tensor"] if self.config.parallel.sequence else 1
+        share = self.config.model.experts // degree
+        numbers = [(place * tensor + rank) % degree for rank in range(tensor)]
+        return [range(number * share, (number + 1) * share) for number in numbers]
+
     @property
     def data_ranks(self) -> int:
         return self.sizes["replicate"] * self.sizes["shard"]

@@ -8,7 +8,7 @@ from html import escape
 from itertools import groupby
 
 from teratron.plan.layout import Layout
-from teratron.plan.layout_text import captions, degrees_line, elided, holdings, model_line, rank_text, tensor_words
+from teratron.plan.layout_text import captions, degrees_line, elided, experts_text, holdings, model_line, rank_text, tensor_words
 from teratron.plan.timeline import timeline_svg
 
 STYLE = """
@@ -35,8 +35,8 @@ def layout_svg(layout: Layout, name: str) -> str:
     """The picture as an SVG file, under a title. It has no scripts and refers to nothing."""
     body = [
         _text(MARGIN, 40, name, "title"),
-        _text(WIDTH - MARGIN, 40, degrees_line(layout), "right"),
-        _text(MARGIN, 62, model_line(layout), "soft"),
+        _text(WIDTH - MARGIN, 40, degrees_line(layout.sizes), "right"),
+        _text(MARGIN, 62, model_line(layout.config.model), "soft"),
         *_model(layout, 84),
     ]
     height = 152
@@ -44,7 +44,7 @@ def layout_svg(layout: Layout, name: str) -> str:
         drawn, used = part(layout, height)
         body += drawn
         height += used
-    label = escape(f"{name}: {degrees_line(layout)}")
+    label = escape(f"{name}: {degrees_line(layout.sizes)}")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="layout" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'role="img" aria-label="{label}"><title>{label}</title><style>{STYLE}</style>'
@@ -119,7 +119,11 @@ def _grid(layout: Layout, y: int) -> tuple[list[str], int]:
     columns = _Columns.of(layout)
     named = [axis for axis in layout.places[0] if layout.sizes[axis] > 1]
     drawn = [mark for level, _ in enumerate(named) for mark in _brackets(layout, columns, named[: level + 1], y + 18 * level)]
-    top = y + 18 * len(named) + (6 if named else 0)
+    levels = len(named) + (layout.config.parallel.expert > 1)
+    if levels > len(named):
+        held = [(columns.begin(n), "..." if place is None else experts_text(layout, place)) for n, place in enumerate(columns.shown)]
+        drawn += [_text(x, y + 18 * len(named) + 4, words, "soft") for x, words in held]
+    top = y + 18 * levels + (6 if levels else 0)
     bars = 8 * (layout.sizes["context"] > 1) + 8 * (_owners(layout) > 1)
     step = CELL + bars + 10
     rows = elided(len(layout.held), ROWS)
@@ -203,6 +207,7 @@ def _legend(layout: Layout, y: int) -> tuple[list[str], int]:
     words += ["colour: stage, one band each"] if len(layout.held[0]) > 1 else ["colour: stage"] if len(layout.held) > 1 else []
     words += ["bar above: its tokens of each sequence"] if layout.sizes["context"] > 1 else []
     words += [f"bar below: its share of the {shared[layout.config.parallel.shard]}"] if _owners(layout) > 1 else []
+    words += ["experts: of each layer, | between tensor ranks"] if layout.config.parallel.expert > 1 else []
     words += ["copies: hold the same, see other sequences"] if layout.sizes["replicate"] > 1 else []
     lines = [words[start : start + 4] for start in range(0, len(words), 4)]
     return [_text(CELLS, y + 12 + 18 * number, " · ".join(line), "soft") for number, line in enumerate(lines)], 22 + 18 * len(lines)

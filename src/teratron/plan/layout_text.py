@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
+from teratron.config import ModelConfig
 from teratron.plan.layout import Layout, Share
 from teratron.plan.timeline import timeline_text
 
@@ -13,19 +15,27 @@ ROWS, LABEL = 16, 40
 
 def layout_text(layout: Layout, width: int = 100) -> str:
     """The whole picture; no line is longer than `width`, as long as that is 80 or more."""
-    blocks = [[model_line(layout), degrees_line(layout)], list(_grid(layout, width)), list(_facts(layout, width)), _timeline(layout, width)]
+    blocks = [
+        [model_line(layout.config.model), degrees_line(layout.sizes)],
+        list(_grid(layout, width)),
+        list(_facts(layout, width)),
+        _timeline(layout, width),
+    ]
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
 
-def model_line(layout: Layout) -> str:
+def model_line(model: ModelConfig) -> str:
     """The model in a few words."""
-    model = layout.config.model
-    return f"{model.layers} layers x {model.hidden:,}, {model.heads} heads, context {model.seq_length:,}, vocabulary {model.vocab_size:,}"
+    experts = f"{model.experts} experts, {model.experts_per_token} a token, " if model.experts else ""
+    return (
+        f"{model.layers} layers x {model.hidden:,}, {model.heads} heads, {experts}context {model.seq_length:,}, "
+        f"vocabulary {model.vocab_size:,}"
+    )
 
 
-def degrees_line(layout: Layout) -> str:
+def degrees_line(sizes: Mapping[str, int]) -> str:
     """The ranks as a product of the degrees."""
-    return f"{layout.world:,} ranks = " + " x ".join(f"{axis} {degree}" for axis, degree in layout.sizes.items())
+    return f"{math.prod(sizes.values()):,} ranks = " + " x ".join(f"{axis} {degree}" for axis, degree in sizes.items())
 
 
 def stage_text(layout: Layout, stage: int) -> str:
@@ -58,6 +68,8 @@ def _grid(layout: Layout, width: int) -> Iterable[str]:
     labels = {rank: rank_text(layout, rank, LABEL) for rank in rows if rank is not None}
     number, label = max(len("pipeline"), len(str(len(layout.held)))), max(len("holds"), *map(len, labels.values()))
     cell = max(len(ranks_text(layout.ranks(len(layout.held) - 1, len(layout.places) - 1))), *(len(f"{axis} 000") for axis in named), 6)
+    experts = layout.config.parallel.expert > 1
+    cell = max(cell, *(len(experts_text(layout, place)) for place in range(len(layout.places)))) if experts else cell
     columns = elided(len(layout.places), (width - number - label - 4) // (cell + 2))
 
     def line(first: str, second: str, cells: Iterable[str]) -> str:
@@ -65,6 +77,8 @@ def _grid(layout: Layout, width: int) -> Iterable[str]:
 
     for axis in named:
         yield line("", "", ("..." if column is None else f"{axis} {layout.places[column][axis]}" for column in columns))
+    if experts:
+        yield line("", "", ("..." if column is None else experts_text(layout, column) for column in columns))
     yield line("pipeline", "holds", ("" if column is None else "ranks" for column in columns))
     for rank in rows:
         if rank is None:
@@ -72,6 +86,13 @@ def _grid(layout: Layout, width: int) -> Iterable[str]:
         else:
             cells = ("..." if column is None else ranks_text(layout.ranks(rank, column)) for column in columns)
             yield line(str(rank), labels[rank], cells)
+
+
+def experts_text(layout: Layout, place: int) -> str:
+    """The experts of a tensor group, such as `experts 0-3`, or with sequence `experts 0-1 | 2-3`; of many ranks the first and the last."""
+    held = layout.experts(place)
+    words = [f"{one[0]}-{one[-1]}" if len(one) > 1 else str(one[0]) for one in held]
+    return f"experts {' | '.join(words if len(words) <= 4 else [words[0], '...', words[-1]])}"
 
 
 def ranks_text(ranks: range) -> str:
@@ -96,6 +117,8 @@ def holdings(layout: Layout) -> dict[str, list[str]]:
     found = {"a tensor rank": tensor_words(layout)} if sizes["tensor"] > 1 else {}
     if sizes["context"] > 1:
         found["a context rank"] = [f"{-(-model.seq_length // sizes['context']):,} of {model.seq_length:,} tokens of each sequence"]
+    if config.parallel.expert > 1:
+        found["an expert rank"] = [f"{model.experts // config.parallel.expert:,} of {model.experts:,} experts of each layer that has any"]
     batches = f"{layout.micro_batches:,} micro-batch{'es' if layout.micro_batches > 1 else ''} of {layout.micro_batch}"
     found["a data rank"] = [f"{train.global_batch // layout.data_ranks:,} of {train.global_batch:,} sequences of a step, in {batches}"]
     owners = sizes["shard"] * sizes["context"]

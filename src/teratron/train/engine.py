@@ -22,6 +22,7 @@ from teratron.parallel.device import DTYPES
 from teratron.parallel.flat import FlatModel
 from teratron.parallel.mesh import DATA, SPLIT, Mesh, check_layout, mesh_sizes
 from teratron.parallel.pipeline import Channels, Runtime
+from teratron.parallel.schedule_check import check
 from teratron.parallel.schedules import build_schedule
 from teratron.parallel.stages import chunk_count, cut_stages
 from teratron.train.recompute import recompute
@@ -43,6 +44,8 @@ class Engine:
         self.flat = FlatModel(self.stages, mesh, config.parallel, device)
         self.optimizer = build_optimizer(self.flat, config.optim)
         self.channels = Channels.of(mesh)
+        self._runtimes: dict[int, Runtime] = {}
+        """By the number of micro-batches, which evaluations may have other than steps."""
         for model in self.stages.stages().values():
             recompute(model, config.train.recompute, config.train.recompute_every)
 
@@ -90,9 +93,16 @@ class Engine:
         return self._reduced(tally)
 
     def _runtime(self, micro_batches: int) -> Runtime:
+        if micro_batches not in self._runtimes:
+            self._runtimes[micro_batches] = self._build_runtime(micro_batches)
+        return self._runtimes[micro_batches]
+
+    def _build_runtime(self, micro_batches: int) -> Runtime:
+        """Raises ScheduleError for a schedule that would wait for ever."""
         parallel, ranks = self.config.parallel, self.mesh.group("pipeline").size
         name, chunks = (parallel.schedule, chunk_count(parallel)) if ranks > 1 else ("1f1b", 1)
         schedule = build_schedule(name, ranks, micro_batches, chunks)
+        check(schedule)
         return Runtime(schedule, self.channels, DTYPES[self.config.train.precision], self.device)
 
     def _padded(self, batch: Batch) -> Batch:
@@ -119,7 +129,7 @@ class Engine:
         found = {name: tally.sums.get(name, nothing) for name in tally.counts}
         sums = self._summed({name: term.sum for name, term in found.items()}, "context", "pipeline")
         if self.config.parallel.sequence:  # layers' terms are of the tokens at hand, which tensor ranks share
-            for name in sums.keys() & LAYER_TERMS:
+            for name in sorted(sums.keys() & LAYER_TERMS):  # a set's own order differs from process to process
                 self.mesh.tensor.sum(sums[name]).wait()
         weights = torch.tensor([found[name].weight for name in sorted(found)], dtype=torch.float64, device=self.device)
         self.mesh.group("pipeline").max(weights).wait()
