@@ -108,7 +108,7 @@ def on_ranks(size: int, action: Callable[[Group], T]) -> list[T | BaseException]
 
     def run(rank: int) -> T | BaseException:
         try:
-            return action(ThreadGroup(tuple(range(size)), rank, None, meeting))
+            return action(ThreadGroup(tuple(range(size)), rank, None, meeting=meeting))
         except BaseException as error:
             return error
         finally:

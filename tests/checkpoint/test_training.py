@@ -256,7 +256,7 @@ def test_a_folder_that_one_rank_does_not_see_is_refused_by_all(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(Path, "mkdir"), (writer, "_copy"), (writer, "_seal"), (writer, "_publish"), (shutil, "rmtree")]
+    ("module", "name"), [(Path, "mkdir"), (writer, "_copy"), (writer, "_seal"), (writer, "publish"), (shutil, "rmtree")]
 )
 def test_what_the_first_rank_cannot_do_for_all_all_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
     """So none leaves before the checkpoint is in its place and old ones are removed: it could exit and end the job."""

@@ -20,6 +20,7 @@ RELATED = (
     "model.",
     "train.global_batch",
     "train.micro_batch",
+    "train.recompute_every",
     "train.steps",
     "optim.warmup_steps",
     "optim.decay_steps",
@@ -28,6 +29,7 @@ RELATED = (
     "optim.initial_loss_scale",
     "optim.min_loss_scale",
     "model.norm_eps",
+    "checkpoint.failures_per_day",
     "data.text",
     "data.valid",
 )
@@ -39,6 +41,8 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
     text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
     if typing.get_origin(kind) is Literal:
         return st.sampled_from(typing.get_args(kind))
+    if typing.get_origin(kind) is typing.Union:
+        return st.one_of(*map(values_of, typing.get_args(kind)))
     if kind == tuple[str, ...]:
         return st.lists(text.filter(bool), max_size=3).map(tuple)
     return {
@@ -155,6 +159,7 @@ def test_nothing_near_means_no_suggestion() -> None:
         ({"model.kv_heads": 5}, ["model.heads = 12", "model.kv_heads = 5"]),
         ({"model.position": "rope", "model.head_dim": 3}, ["model.head_dim = 3", "even"]),
         ({"model.max_positions": 512}, ["model.seq_length = 1024", "model.max_positions = 512"]),
+        ({"train.recompute_every": 2}, ["train.recompute_every = 2", "train.recompute = none", "--train.recompute full"]),
         ({"train.global_batch": 10, "train.micro_batch": 4}, ["train.global_batch = 10", "train.micro_batch = 4"]),
         ({"optim.min_lr": 1.0}, ["optim.min_lr = 1.0", "optim.lr = 0.0003"]),
         (

@@ -71,7 +71,7 @@ POINTS = [
     ("engine", "step", 5),
     ("writer", "_write_safetensors", 1),
     ("os", "fsync", 3),
-    ("writer", "_publish", 2),
+    ("writer", "publish", 2),
     ("os", "rename", 2),
     ("engine", "evaluate", 1),
     ("writer", "_remove_leftovers", 2),

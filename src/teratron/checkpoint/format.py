@@ -46,7 +46,7 @@ def write_checkpoint(
     Args: content is JSON for the manifest; extra are small files or folders that are copied in (both are rank 0's). Raises the
     same `UserError` on all ranks when any of them cannot write; earlier checkpoints stay intact.
     """
-    planned = plan_pieces(_saved(pieces), tensor_file(group.rank))
+    planned = plan_pieces(saved_pieces(pieces), tensor_file(group.rank))
     tensors = join_descriptions(gather_json(group, describe_pieces(planned)))
     needed = checkpoint_bytes((piece for piece, _ in planned), group)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -69,7 +69,7 @@ def write_checkpoint(
             copied = [_copy(source, partial) for source in extra]
             files = {name: entry for some in (*written, *copied) for name, entry in some.items()}
             _seal(partial, {"format": FORMAT, "version": VERSION, **content, "tensors": tensors, "files": files})
-            _publish(partial, folder)
+            publish(partial, folder)
 
     try:
         agree(group, begin)
@@ -77,7 +77,7 @@ def write_checkpoint(
         agree(group, finish)
     except UserError:
         if group.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            discard(partial)
         raise
 
 
@@ -88,11 +88,11 @@ def tensor_file(rank: int) -> str:
 
 def checkpoint_bytes(pieces: Iterable[Piece], group: Group = ALONE) -> int:
     """Disk space that a checkpoint of all ranks' pieces takes, with room for its manifest and small files; a collective."""
-    mine = sum(piece.values.nbytes for piece in _saved(pieces))
+    mine = sum(piece.values.nbytes for piece in saved_pieces(pieces))
     return int(sum(gather_json(group, mine))) + 2**20
 
 
-def _saved(pieces: Iterable[Piece]) -> list[Piece]:
+def saved_pieces(pieces: Iterable[Piece]) -> list[Piece]:
     """Those that this rank writes."""
     return [piece for piece in pieces if piece.first and piece.values.numel()]
 
@@ -143,7 +143,7 @@ def _copy(source: Path, target: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _publish(partial: Path, folder: Path) -> None:
+def publish(partial: Path, folder: Path) -> None:
     """Rename into place; a damaged former folder of the same step is moved aside first and removed last."""
     for place in (*(p for p in partial.rglob("*") if p.is_dir()), partial):
         sync_folder(place)
@@ -157,7 +157,12 @@ def _publish(partial: Path, folder: Path) -> None:
 def _remove_leftovers(parent: Path) -> None:
     """Remove what a process that was killed while it wrote has left."""
     for leftover in (*parent.glob(".*.partial"), *parent.glob(".*.replaced")):
-        shutil.rmtree(leftover, ignore_errors=True)
+        discard(leftover)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder of no more use, as far as it can be."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

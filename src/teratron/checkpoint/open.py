@@ -13,13 +13,13 @@ from teratron.checkpoint.huggingface import is_huggingface, load_huggingface
 from teratron.checkpoint.reader import Checkpoint, newest_checkpoint, open_checkpoint
 from teratron.checkpoint.tensors import fill_pieces
 from teratron.checkpoint.weights import read_weights
-from teratron.config import Config, ModelConfig, ParallelConfig, UserError, nearest
+from teratron.config import Config, ModelConfig, UserError, nearest
 from teratron.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from teratron.models import GPT, load_parts, parts_of
 from teratron.models.parts import check_parts
 from teratron.parallel.apply import cut_model, materialise
 from teratron.parallel.boxes import Box, Piece
-from teratron.parallel.mesh import Mesh, check_layout
+from teratron.parallel.mesh import Mesh, check_cut
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ def find_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
 
     verify: compare checksums, else look at the manifest only. Raises `UserError` when there is none.
     """
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file, expected a folder: give a checkpoint, or a run of `teratron train`")
     if not folder.is_dir():
         near = nearest(folder.name, [p.name for p in folder.parent.iterdir()]) if folder.parent.is_dir() else ""
         raise UserError(f"{folder}: no such run, checkpoint or model{near}")
@@ -97,7 +99,7 @@ def _native(config: Config) -> torch.dtype:
 
 def _empty(config: ModelConfig, device: str | torch.device, dtype: torch.dtype, mesh: Mesh) -> GPT:
     """A model, or this rank's share of it, filled with zeros."""
-    check_layout(config, ParallelConfig(tensor=mesh.tensor.size))
+    check_cut(config, mesh.tensor.size, f"--nproc {mesh.tensor.size}")
     model = cut_model(config, mesh, dtype=dtype)
     if not isinstance(model, GPT):
         raise UserError(f"model.family = {config.family}: expected gpt: this family does not continue text")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -60,10 +61,10 @@ class Checkpoint:
         with self.open() as files:
             return {tensor.name.removeprefix(prefix): files.read(tensor.name, whole(tensor.shape)) for tensor in found}
 
-    def verify(self) -> None:
-        """Compare every file with its recorded size and SHA-256; raises `UserError` naming the first that differs."""
-        for name, recorded in self.manifest["files"].items():
-            path = self.folder / name
+    def verify(self, share: slice = slice(None)) -> None:
+        """Compare every file, or a share of them, with its recorded size and SHA-256; raises `UserError` naming the first that differs."""
+        for name in sorted(self.manifest["files"])[share]:
+            path, recorded = self.folder / name, self.manifest["files"][name]
             try:
                 if not path.is_file():
                     raise UserError(f"{path}: missing from the checkpoint; {USE_EARLIER}")
@@ -101,26 +102,46 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def _check_name(folder: Path, step: int) -> None:
     """A renamed checkpoint would stand in the wrong place among a run's."""
-    match = re.fullmatch(r"step-(\d+)", folder.name)
-    if match and int(match[1]) != step:
-        raise UserError(f"{folder}: holds step {step}, its name says {int(match[1])}: rename it to step-{step:08d}")
+    named = folder_step(folder.name)
+    if named not in (None, step):
+        raise UserError(f"{folder}: holds step {step}, its name says {named}: rename it to step-{step:08d}")
+
+
+class Candidate(NamedTuple):
+    """A checkpoint of a run that may be good."""
+
+    step: int
+    fetch: Callable[[], Path]
+    """Its folder; raises `UserError` where it cannot be had."""
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
     """A run's checkpoint folders, newest first, good or not."""
-    found = [(int(match[1]), p) for p in (run / "checkpoints").glob("step-*") if (match := re.fullmatch(r"step-(\d+)", p.name))]
+    found = [(step, p) for p in (run / "checkpoints").glob("step-*") if (step := folder_step(p.name)) is not None]
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def newest_checkpoint(run: Path, warn: Callable[[str], None], verify: bool = True) -> Checkpoint | None:
+def folder_step(name: str) -> int | None:
+    """The step that a checkpoint folder's name says; None for another name."""
+    match = re.fullmatch(r"step-(\d+)", name)
+    return int(match[1]) if match else None
+
+
+def candidates(run: Path) -> list[Candidate]:
+    """A folder's checkpoints, newest first, good or not."""
+    return [Candidate(folder_step(folder.name) or 0, partial(Path, folder)) for folder in checkpoint_folders(run)]
+
+
+def newest_checkpoint(run: Path, warn: Callable[[str], None], verify: bool = True, others: Iterable[Candidate] = ()) -> Checkpoint | None:
     """The newest checkpoint of a run that verifies; damaged ones are named to `warn` and passed over.
 
-    verify: compare checksums, else look at the manifests only. Raises `UserError` when there are checkpoints but none is good.
+    Args: verify: compare checksums, else look at the manifests only. others: where else some lie; of the same step the run's own goes
+    first. Raises `UserError` when there are checkpoints but none is good.
     """
     damaged = 0
-    for folder in checkpoint_folders(run):
+    for candidate in sorted((*candidates(run), *others), key=lambda found: -found.step):
         try:
-            checkpoint = open_checkpoint(folder)
+            checkpoint = open_checkpoint(candidate.fetch())
             if verify:
                 checkpoint.verify()
         except UserError as error:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import shutil
 import time
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from teratron.checkpoint.agree import ALONE, agree, gather_json
 from teratron.checkpoint.format import write_checkpoint
-from teratron.checkpoint.reader import Checkpoint, checkpoint_folders
+from teratron.checkpoint.reader import Checkpoint, checkpoint_folders, folder_step, open_checkpoint
 from teratron.checkpoint.tensors import fill_pieces
-from teratron.config import Config, UserError
+from teratron.config import CheckpointConfig, Config, UserError
 from teratron.optim import LossScale
 from teratron.parallel.boxes import Piece
 from teratron.parallel.mesh import Group
@@ -36,6 +36,10 @@ class TrainingState:
     """Steps whose update was skipped, since their gradient was not finite."""
     loss_scale: LossScale | None = None
     """Of fp16; None = as a run begins."""
+    left_out: tuple[int, ...] = ()
+    """Steps, ascending, whose batches are not learnt from, since the loss spiked there; these may lie ahead."""
+    losses: tuple[float, ...] = ()
+    """The last ones, by which a spike is known; none where nobody looks for it."""
 
 
 def save_training(
@@ -46,26 +50,37 @@ def save_training(
     extra: Iterable[Path] = (),
     group: Group = ALONE,
     layout: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `checkpoints/step-NNNNNNNN`, then remove those beyond `checkpoint.keep`; a collective. Returns the folder.
+    """Write `checkpoints/step-NNNNNNNN`, read it back, then remove those beyond `checkpoint.keep`; a collective. Returns the folder.
 
     Args: pieces are what this rank holds of the training state; extra are small files or folders that travel with it, such as
-    the tokenizer; layout is JSON that says how the model was cut, for `teratron inspect`. Raises the same `UserError` on all
-    ranks when it cannot be written.
+    the tokenizer; layout and data are JSON that say how the model was cut, for `teratron inspect`, and what was learned from. Raises
+    the same `UserError` on all ranks when it cannot be written.
     """
     folder = run / "checkpoints" / f"step-{state.step:08d}"
     content = {"step": state.step, "state": asdict(state), "config": tomllib.loads(config.to_toml()), "time": time.time()}
     content["layout"] = dict(layout) if layout is not None else {"ranks": group.size}
+    if data is not None:
+        content["data"] = dict(data)
     write_checkpoint(folder, pieces, content, extra, group)
-    agree(group, lambda: _remove_old(run, folder, config.checkpoint.keep) if group.rank == 0 else None)
+    agree(group, lambda: open_checkpoint(folder).verify(slice(group.rank, None, group.size)))
+    agree(group, lambda: remove_old(run, state.step, config.checkpoint) if group.rank == 0 else None)
     return folder
 
 
-def _remove_old(run: Path, folder: Path, keep: int) -> None:
-    folders = checkpoint_folders(run)
-    # A folder of a later step is a damaged one that was passed over: it must not push out a good one.
-    for old in folders[folders.index(folder) + keep :] if keep else ():
-        _remove(old)
+def surplus(steps: Sequence[int], newest: int, config: CheckpointConfig) -> list[int]:
+    """Of the steps of checkpoints, newest first, those that may go once that of step `newest` is verified."""
+    # A later one is damaged and was passed over: it must not push out a good one.
+    older = [step for step in steps if step <= newest][config.keep :] if config.keep else []
+    return [step for step in older if not config.keep_every or step % config.keep_every]
+
+
+def remove_old(run: Path, newest: int, config: CheckpointConfig) -> None:
+    """Remove the checkpoints that may go once that of step `newest` is verified; raises `UserError` where one cannot be."""
+    folders = {folder_step(folder.name) or 0: folder for folder in checkpoint_folders(run)}
+    for step in surplus(list(folders), newest, config):
+        _remove(folders[step])
 
 
 def _remove(folder: Path) -> None:
@@ -82,9 +97,28 @@ def saved_state(checkpoint: Checkpoint) -> TrainingState:
         phases = tuple(int(steps) for steps in saved["phases"])
         found = saved.get("loss_scale")
         scale = LossScale(float(found["scale"]), int(found["clean"]), int(found["overflows"])) if found else None
-        return TrainingState(int(saved["step"]), int(saved["tokens"]), float(saved["seconds"]), phases, int(saved.get("skipped", 0)), scale)
+        left_out, losses = tuple(map(int, saved.get("left_out", ()))), tuple(map(float, saved.get("losses", ())))
+        counts = int(saved["step"]), int(saved["tokens"]), float(saved["seconds"]), phases, int(saved.get("skipped", 0))
+        return TrainingState(*counts, scale, left_out, losses)
     except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{checkpoint.folder}/manifest.json: holds no state of a training run: it can be used, not trained on") from None
+
+
+def check_data(checkpoint: Checkpoint, config: Config, data: Mapping[str, Any]) -> None:
+    """Refuse to go on with other tokens than before, unless other `data.*` keys of a branch say so.
+
+    data: as `save_training` was given. Checkpoints of older releases say nothing of it.
+    """
+    before = checkpoint.manifest.get("data")
+    if not isinstance(before, dict) or replace(checkpoint.config().data, workers=0) != replace(config.data, workers=0):
+        return
+    for name in sorted(before.keys() | data.keys()):
+        if before.get(name) != data.get(name):
+            found, expected = data.get(name, "nothing"), before.get(name, "nothing")
+            raise UserError(
+                f"{name}: changed since {checkpoint.folder} was made: found {found}, expected {expected}: put the former data back, or "
+                "branch off with --fork NEWDIR and other data.* keys"
+            )
 
 
 def load_training(checkpoint: Checkpoint, pieces: Iterable[Piece], group: Group = ALONE) -> None:

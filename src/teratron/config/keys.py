@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import textwrap
+import types
 import typing
 from collections.abc import Callable
 from typing import Any, Literal
@@ -47,7 +48,7 @@ class Section:
             value = coerce(getattr(self, field.name), kind_of(type(self), field.name), f"{self.section}.{field.name}")
             object.__setattr__(self, field.name, value)
             for check in field.metadata.get("checks", ()):
-                expected = check(value)
+                expected = check(value) if not isinstance(value, str) else None  # a word has no bounds
                 if expected is not None:
                     raise UserError(f"{self.section}.{field.name} = {value}: expected {expected}")
         self.check()
@@ -62,7 +63,7 @@ def _hints(section: type) -> dict[str, Any]:
 
 
 def kind_of(section: type, name: str) -> Any:
-    """The declared type of a field: int, float, bool, str, tuple[str, ...] or Literal[...]."""
+    """The declared type of a field: int, float, bool, str, tuple[str, ...], Literal[...], or a number or some words."""
     return _hints(section)[name]
 
 
@@ -70,6 +71,8 @@ def kind_name(kind: Any) -> str:
     """How a type is called in help and errors, such as `int`, `true|false` or `cosine|linear`."""
     if typing.get_origin(kind) is Literal:
         return "|".join(typing.get_args(kind))
+    if _is_union(kind):
+        return "|".join(map(kind_name, typing.get_args(kind)))
     if kind is bool:
         return "true|false"
     return "list of text" if kind == tuple[str, ...] else {int: "integer", float: "number", str: "text"}[kind]
@@ -81,6 +84,13 @@ def coerce(value: Any, kind: Any, name: str) -> Any:
         if value in typing.get_args(kind):
             return value
         raise UserError(f"{name} = {value!r}: expected one of {', '.join(typing.get_args(kind))}")
+    if _is_union(kind):
+        number, words = typing.get_args(kind)
+        if value in typing.get_args(words):
+            return value
+        kind, expected = number, f"{kind_name(number)} or {' or '.join(typing.get_args(words))}"
+    else:
+        expected = kind_name(kind)
     if kind == tuple[str, ...]:
         if isinstance(value, str):
             value = (value,) if value else ()
@@ -91,7 +101,12 @@ def coerce(value: Any, kind: Any, name: str) -> Any:
     try:
         return _scalar(value, kind)
     except (TypeError, ValueError, KeyError, OverflowError):
-        raise UserError(f"{name} = {value!r}: expected {kind_name(kind)}") from None
+        raise UserError(f"{name} = {value!r}: expected {expected}") from None
+
+
+def _is_union(kind: Any) -> bool:
+    """Whether a type is a number or some words, as `int | Literal["auto"]`."""
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
 
 def _scalar(value: Any, kind: Any) -> Any:

@@ -308,6 +308,8 @@ class TrainConfig(Section):
     """Numbers of weights and activations: fp32; bf16 or (with loss scaling) fp16 with float32 master weights; fp64 for tests."""
     seed: int = key(1234, at_least(0))
     """Every random number of the run follows from it."""
+    stop_after: float = key(0.0, at_least(0))
+    """Minutes after the start of training in which it saves and stops with exit code 75, so that a script starts it again; 0 = never."""
     eval_every: int = key(100, at_least(0))
     """Steps between evaluations; 0 = only after the last step."""
     eval_batches: int = key(0, at_least(0))
@@ -320,8 +322,23 @@ class TrainConfig(Section):
     """Compile each block with torch.compile (needs a C++ compiler on CPU)."""
     deterministic: bool = key(False)
     """On CUDA use only deterministic kernels, so that a resumed run is bit-identical (slower; CPU always is)."""
+    on_bad_numbers: Literal["halt", "skip"] = key("halt")
+    """When loss or gradients are NaN or infinite: stop and name the module, or skip the update (at most 10 in a row)."""
+    spike_zscore: float = key(0.0, at_least(0))
+    """A loss so many deviations above the median of the last ones goes back to a checkpoint and leaves batches out; 0 = never."""
+    spike_window: int = key(100, at_least(8))
+    """Losses that train.spike_zscore compares with; there is no spike before there are so many."""
+    spike_skip: int = key(2, at_least(1))
+    """Batches left out after a spike: that of the spike itself and those before it."""
+    verify_every: int = key(0, at_least(0))
+    """Steps between searches for silently corrupted numbers: weights compared over their copies, or a step computed twice; 0 = never."""
 
     def check(self) -> None:
+        if self.recompute == "none" and self.recompute_every > 1:
+            raise UserError(
+                f"train.recompute_every = {self.recompute_every} with train.recompute = none, which makes nothing again: "
+                "set --train.recompute full or selective, or leave train.recompute_every out"
+            )
         if self.micro_batch and self.global_batch % self.micro_batch:
             raise UserError(
                 f"train.global_batch = {self.global_batch} is not divisible by train.micro_batch = {self.micro_batch}: "
@@ -335,10 +352,20 @@ class CheckpointConfig(Section):
 
     section: ClassVar[str] = "checkpoint"
 
-    every: int = key(500, at_least(0))
-    """Steps between checkpoints; 0 = only after the last step and on interrupt."""
+    every: int | Literal["auto"] = key(500, at_least(0))
+    """Steps between checkpoints; 0 = only after the last step and on interrupt; auto = from what a save costs and failures_per_day."""
+    failures_per_day: float = key(1.0, above(0))
+    """Unexpected stops that `checkpoint.every = auto` reckons with."""
     keep: int = key(2, at_least(0))
     """Newest checkpoints kept on disk; 0 = all."""
+    keep_every: int = key(0, at_least(0))
+    """Every so many steps a checkpoint is made that is never removed; 0 = none."""
+    asynchronous: bool = key(True)
+    """Write checkpoints while training goes on, from a copy of the state in host memory."""
+    copy_to: str = key("")
+    """Folder, or URL such as s3://bucket/path, in which each checkpoint is copied into a folder of the run's name; empty = none."""
+    memory_every: int = key(0, at_least(0))
+    """Steps between checkpoints in the machine's memory (/dev/shm), from which killed processes go on; 0 = none."""
 
 
 @dataclass(frozen=True)
@@ -348,6 +375,12 @@ class LogConfig(Section):
     section: ClassVar[str] = "log"
 
     every: int = key(10, at_least(1))
-    """Steps between lines on a screen that is not a terminal (metrics.jsonl holds every step)."""
+    """Steps between lines on a screen that is no terminal, and between all ranks' times and memory in metrics.jsonl (it has every step)."""
     tensorboard: bool = key(True)
     """Write TensorBoard files into RUN/tensorboard when the tensorboard package is installed."""
+    wandb: str = key("")
+    """Project of Weights & Biases that the curves are sent to as well (needs the wandb package); empty = none."""
+    mlflow: str = key("")
+    """Experiment of MLflow that the curves are sent to as well (needs the mlflow package); empty = none."""
+    profile_step: int = key(0, at_least(0))
+    """Step that is traced by PyTorch's profiler into RUN/profile; 0 = none, until a file RUN/profile-now asks for one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import shutil
 from array import array
@@ -23,6 +24,8 @@ DTYPE_CODES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """The format's integer types. Its codes 6 and 7 are floats, which are never token ids."""
 CHUNK = 1 << 20
 """Elements handled at once where a whole array would not fit in memory."""
+EDGE = 1 << 20
+"""Bytes at each end of a file that its identity reads."""
 REMEDY = "copy it again, or prepare it again with `teratron data prepare`"
 
 
@@ -101,6 +104,18 @@ class IndexedDataset:
     def max_token(self) -> int:
         """The largest token id: reads the whole file, once."""
         return self._max_token
+
+    def identity(self) -> str:
+        """What tells it from other data at little cost: its tokens, and a digest of both files' sizes, first and last MiB."""
+        digest = hashlib.sha256()
+        for path in (_file(self.prefix, ".idx"), _file(self.prefix, ".bin")):
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                digest.update(size.to_bytes(8, "little"))
+                for start in (0, max(0, size - EDGE)):
+                    file.seek(start)
+                    digest.update(file.read(EDGE))
+        return f"{self.total_tokens:,} tokens ({digest.hexdigest()[:16]})"
 
     @functools.cached_property
     def _max_token(self) -> int:

@@ -32,6 +32,8 @@ class TrainingData:
     train_tokens: int
     valid_tokens: int
     """Held-out tokens that are a target."""
+    identity: dict[str, str]
+    """What the data sets and the tokenizer are, by name: compared when a run goes on."""
 
 
 def open_data(config: Config, run: Path, phases: Sequence[int], say: Say) -> TrainingData:
@@ -52,7 +54,10 @@ def open_data(config: Config, run: Path, phases: Sequence[int], say: Say) -> Tra
     if data.valid and valid is None:
         raise UserError(f"data.valid = {' '.join(data.valid)}: holds fewer than 2 tokens; give more, or leave it out and use data.split")
     train, train_tokens = train_samples(config, sources, "1,0" if data.valid else data.split, phases)
-    return TrainingData(vocab_size, tokenizer.eod if tokenizer else None, train, valid, train_tokens, valid_tokens)
+    identity = {"data.text" if data.text else str(source.dataset.prefix): source.dataset.identity() for source in (*sources, *held_out)}
+    if tokenizer is not None:
+        identity["tokenizer"] = tokenizer.fingerprint
+    return TrainingData(vocab_size, tokenizer.eod if tokenizer else None, train, valid, train_tokens, valid_tokens, identity)
 
 
 def _open_sources(config: Config, run: Path, say: Say) -> tuple[list[Source], Tokenizer | None]:

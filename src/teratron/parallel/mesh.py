@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -23,7 +23,7 @@ DATA = ("replicate", "shard")
 """The axes whose ranks see different samples."""
 
 PATIENCE = timedelta(days=7)
-"""How long the control group waits: a rank that has died is noticed at once, by its closed connection."""
+"""How long the control and saving groups wait: a rank that has died is noticed at once, by its closed connection."""
 SPLIT = ("zb-h1", "zb-h2", "zbv", "dualpipev")
 """Schedules that put weight gradients off."""
 
@@ -65,6 +65,10 @@ class Group:
         few = ", ".join(map(str, self.ranks)) if self.size <= 8 else f"{self.ranks[0]} ... {self.ranks[-1]}"
         return f"over ranks {few} ({self.axes})"
 
+    def __post_init__(self) -> None:
+        if self.size > 1:
+            self.doing.enter(self.words)
+
     def sum(self, x: Tensor) -> Pending:
         """Add up in place over the ranks."""
         return self._start(dist.all_reduce, x)
@@ -75,20 +79,27 @@ class Group:
 
     def gather(self, out: Tensor, x: Tensor) -> Pending:
         """Every rank's contiguous x, one behind the other, in the contiguous `out` of `size` times as many elements."""
-        if self.size == 1 and out.data_ptr() != x.data_ptr():
+        if self.size == 1 and not _same_memory(out, x):
             out.view(-1).copy_(x.reshape(-1))
         return self._start(_gather, out.view(-1), x.view(-1))
 
     def scatter_sum(self, out: Tensor, x: Tensor) -> Pending:
         """The sum over the ranks of the rank-th of `size` equal pieces of the contiguous x, in `out`."""
-        if self.size == 1 and out.data_ptr() != x.data_ptr():
+        if self.size == 1 and not _same_memory(out, x):
             out.view(-1).copy_(x.reshape(-1))
         return self._start(_scatter_sum, out.view(-1), x.view(-1))
 
     def _start(self, collective: Any, *tensors: Tensor | list[Tensor], **options: Any) -> Pending:
         if self.size == 1:
             return Pending()
-        return Pending(collective(*tensors, group=self.handle, async_op=True, **options), group=self, what=collective.__name__)
+        what = self._count(collective.__name__, tensors[-1], "output_split_sizes" in options)
+        return Pending(collective(*tensors, group=self.handle, async_op=True, **options), group=self, what=what)
+
+    def _count(self, name: str, x: Tensor | list[Tensor], uneven: bool = False) -> str:
+        """Note a collective, of which every rank has to say the same; uneven: ranks bring different numbers of rows."""
+        assert isinstance(x, Tensor)
+        shape = ["any", *x.shape[1:]] if uneven else list(x.shape)
+        return self.doing.count(self.words, f"{name} of {str(x.dtype).removeprefix('torch.')} {shape}")
 
     def send(self, x: Tensor, peer: int) -> Pending:
         """To the peer-th rank of the group."""
@@ -107,7 +118,8 @@ class Group:
         sending = dist.P2POp(dist.isend, x, following, self.handle)
         receiving = dist.P2POp(dist.irecv, out, former, self.handle)
         first, second = (sending, receiving) if self.rank % 2 == 0 else (receiving, sending)
-        return Pending(*dist.batch_isend_irecv([first, second]), group=self, what="shift")
+        what = self._count("shift", x)
+        return Pending(*dist.batch_isend_irecv([first, second]), group=self, what=what)
 
     def exchange(self, out: Tensor, x: Tensor, came: list[int] | None = None, sent: list[int] | None = None) -> Pending:
         """Of the contiguous x the i-th of `size` pieces goes to rank i; `out` holds what came, in rank order.
@@ -163,11 +175,19 @@ class Mesh:
     @property
     def control(self) -> Group:
         """All ranks, for what one may do while the others wait long: preparing data, verifying a checkpoint, writing unequal shares."""
-        if "control" not in self._groups:
+        return self._patient("control", self.doing)
+
+    @property
+    def saving(self) -> Group:
+        """The same ranks, for the thread that writes checkpoints: no communicator serves two threads."""
+        return self._patient("saving", Doing())
+
+    def _patient(self, name: str, doing: Doing) -> Group:
+        if name not in self._groups:
             ranks = tuple(range(self.world))
             handle = dist.new_group(ranks, timeout=PATIENCE, backend="gloo") if self.world > 1 else None
-            self._groups["control"] = Group(ranks, self.rank, handle, "control", self.doing)
-        return self._groups["control"]
+            self._groups[name] = Group(ranks, self.rank, handle, name, doing)
+        return self._groups[name]
 
     @property
     def data(self) -> Group:
@@ -243,58 +263,91 @@ class Mesh:
         return self._groups[key]
 
 
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
 def _token_axes(sequence: bool) -> tuple[str, ...]:
     """The axes whose ranks have different tokens: tensor ranks do when the sequence is cut over them."""
     return (*DATA, "context", "tensor") if sequence else (*DATA, "context")
 
 
-def mesh_sizes(parallel: ParallelConfig, world: int) -> dict[str, int]:
-    """The degree of every axis for `world` processes; raises `UserError` when they do not divide, naming those that do."""
-    if world % parallel.tensor:
-        possible = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
-        raise UserError(f"parallel.tensor = {parallel.tensor} does not divide the {world} processes: choose one of {possible}")
+def mesh_sizes(parallel: ParallelConfig, world: int, model: ModelConfig | None = None) -> dict[str, int]:
+    """The degree of every axis for `world` processes.
+
+    Raises `UserError` when they do not divide, naming those that do; with a model only those that suit it, too.
+    """
     inner = parallel.pipeline * parallel.tensor * parallel.context
     if world % inner:
-        raise UserError(
-            f"parallel.pipeline = {parallel.pipeline} x parallel.context = {parallel.context} x parallel.tensor = {parallel.tensor} "
-            f"= {inner} does not divide the {world} processes: choose degrees whose product is one of {_divisors(world)}"
-        )
+        raise UserError(_uneven(parallel, world, model))
     data, sharded = world // inner, parallel.shard != "none"
     replicate = parallel.replicate or (1 if sharded else data)
-    if data % replicate or (not sharded and replicate != data):
-        possible = ", ".join(str(n) for n in range(1, data + 1) if data % n == 0) if sharded else str(data)
+    if not sharded and replicate != data:
         raise UserError(
-            f"parallel.replicate = {replicate}: there are {data} data ranks ({world} processes / {inner} that share a sample) "
-            f"and parallel.shard = {parallel.shard}: choose one of {possible}"
+            f"parallel.replicate = {replicate} with parallel.shard = none, where all {data} data ranks are copies: "
+            "leave parallel.replicate out, or say what is sharded, such as --parallel.shard optimizer"
         )
-    tokens = data * parallel.context * (parallel.tensor if parallel.sequence else 1)
+    if data % replicate:
+        raise UserError(
+            f"parallel.replicate = {replicate} does not divide the {data} data ranks ({world} processes, {inner} of which share a sample): "
+            f"choose --parallel.replicate {_listed(_divisors(data))}"
+        )
+    tokens = _token_ranks(parallel, world)
     if tokens % parallel.expert:
+        possible = [n for n in _divisors(tokens) if model is None or model.experts % n == 0]
         raise UserError(
             f"parallel.expert = {parallel.expert} does not divide the {tokens} ranks with different tokens (data x context"
-            f"{' x tensor' if parallel.sequence else ''}): choose one of {_divisors(tokens)}"
+            f"{' x tensor' if parallel.sequence else ''}): choose --parallel.expert {_listed(possible)}"
         )
     sizes = {"replicate": replicate, "shard": data // replicate, "context": parallel.context, "tensor": parallel.tensor}
     return {"pipeline": parallel.pipeline, **sizes}
 
 
-def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+def _uneven(parallel: ParallelConfig, world: int, model: ModelConfig | None) -> str:
+    """What is wrong with degrees that do not divide the processes, and what to type instead."""
+    degrees = {axis: getattr(parallel, axis) for axis in ("pipeline", "context", "tensor") if getattr(parallel, axis) > 1}
+    inner = math.prod(degrees.values())
+    named = " x ".join(f"parallel.{axis} = {degree}" for axis, degree in degrees.items()) + (f" = {inner}" if len(degrees) > 1 else "")
+    instead = f"start --nproc {-(-world // inner) * inner} (torchrun or srun: as many), or choose "
+    if len(degrees) > 1:
+        instead += f"degrees whose product is {_listed(_divisors(world))}"
+    else:
+        (axis,) = degrees
+        most = {"pipeline": model.layers + 2}.get(axis, world) if model is not None else world
+        possible = [n for n in _divisors(world) if n <= most and (axis != "tensor" or model is None or _cuts(model, n))]
+        instead += f"--parallel.{axis} {_listed(possible)}"
+    if world < inner:
+        return f"{named} needs {inner} processes, there {'is' if world == 1 else 'are'} {world}: {instead}"
+    return f"{named} does not divide the {world} processes: {instead}"
 
 
-def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Raise `UserError` for degrees that the model cannot be cut into, naming those that it can."""
+def _token_ranks(parallel: ParallelConfig, world: int) -> int:
+    """Ranks of a stage with different tokens."""
+    return world // (parallel.pipeline * (1 if parallel.sequence else parallel.tensor))
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """Such as 1, 2 or 4."""
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def check_layout(model: ModelConfig, parallel: ParallelConfig, world: int = 0) -> None:
+    """Raise `UserError` for degrees that the model cannot be cut into, naming those that it can.
+
+    world: the number of processes, which what is named has to divide as well; 0 = any.
+    """
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("parallel.sequence = true needs parallel.tensor of at least 2: raise it, or leave parallel.sequence out")
-    if not _cuts(model, parallel.tensor):
-        possible = ", ".join(str(n) for n in range(1, model.heads + 1) if _cuts(model, n))
-        raise UserError(
-            f"parallel.tensor = {parallel.tensor} does not divide the model (model.heads = {model.heads}, model.kv_heads = "
-            f"{model.key_value_heads}, feed-forward width {model.ffn_width}): choose one of {possible}"
-        )
-
+    check_cut(model, parallel.tensor, f"parallel.tensor = {parallel.tensor}", world // (parallel.pipeline * parallel.context))
     if parallel.expert > 1 and (not model.experts or model.experts % parallel.expert):
-        possible = f"choose one of {_divisors(model.experts)}" if model.experts else "set model.experts, or leave it out"
-        raise UserError(f"parallel.expert = {parallel.expert} does not divide model.experts = {model.experts}: {possible}")
+        possible = [n for n in _divisors(model.experts) if _token_ranks(parallel, world) % n == 0]
+        instead = f"choose --parallel.expert {_listed(possible)}" if possible else "set model.experts, or leave it out"
+        raise UserError(f"parallel.expert = {parallel.expert} does not divide model.experts = {model.experts}: {instead}")
     if parallel.pipeline > 1 and parallel.schedule in SPLIT and parallel.shard in ("gradients", "parameters"):
         raise UserError(
             f"parallel.schedule = {parallel.schedule} puts weight gradients off, which parallel.shard = {parallel.shard} would gather and "
@@ -304,11 +357,40 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
         heads = model.heads // parallel.tensor
         pairs = max(1, model.key_value_heads // parallel.tensor)
         if heads % parallel.context or (pairs % parallel.context and parallel.context % pairs):
-            possible = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0 and (pairs % n == 0 or n % pairs == 0))
+            rest = world // (parallel.pipeline * parallel.tensor)
+            possible = [n for n in _divisors(heads) if (pairs % n == 0 or n % pairs == 0) and rest % n == 0]
             raise UserError(
                 f"parallel.context = {parallel.context} does not divide the {heads} heads of a tensor rank, which all_to_all shares: "
-                f"choose one of {possible}, or parallel.context_method ring"
+                f"choose --parallel.context {_listed(possible)}, or --parallel.context_method ring"
             )
+
+
+def check_cut(model: ModelConfig, ranks: int, named: str, world: int = 0) -> None:
+    """Raise `UserError` unless a model can be cut over so many tensor ranks.
+
+    named: how the user asks for them. world: what the choices named have to divide; 0 = anything.
+    """
+    if not _cuts(model, ranks):
+        possible = [n for n in _divisors(model.heads) if _cuts(model, n) and world % n == 0]
+        more = f", shared experts {model.shared_experts} x {model.expert_width}" if model.shared_experts else ""
+        more += f", vocabulary {model.vocab_size}" if model.vocab_size else ""
+        raise UserError(
+            f"{named} does not divide the model (model.heads = {model.heads}, model.kv_heads = {model.key_value_heads}, "
+            f"feed-forward width {model.ffn_width}{more}): choose {_listed(possible)}"
+        )
+
+
+def describe_layout(sizes: Mapping[str, int], parallel: ParallelConfig) -> str:
+    """Such as `8 processes: pipeline 2 (1f1b) x shard 2 (optimizer) x tensor 2`."""
+    notes = {
+        "pipeline": parallel.schedule,
+        "shard": parallel.shard,
+        "context": parallel.context_method,
+        "tensor": "sequence" if parallel.sequence else "",
+    }
+    axes = [f"{axis} {n}" + (f" ({notes[axis]})" if notes.get(axis) else "") for axis, n in sizes.items() if n > 1]
+    experts = f", expert {parallel.expert}" if parallel.expert > 1 else ""
+    return f"{math.prod(sizes.values())} processes: {' x '.join(axes)}{experts}"
 
 
 def _cuts(model: ModelConfig, ranks: int) -> bool:

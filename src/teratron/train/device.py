@@ -61,7 +61,7 @@ def check_memory(config: Config, mesh: Mesh, device: torch.device) -> None:
     """Refuse a model whose state alone exceeds the memory here: this rank's weights, gradients, masters and two moments."""
     count = sum(math.prod(part.size) for part in cut_stages(config.model, mesh, config.parallel).parts())
     needed = count * state_bytes(config, mesh.group("shard", "context").size)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory() / _neighbours()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     if needed > free:
         raise UserError(
             f"{count:,} parameters in {config.train.precision} need {needed / 2**30:,.1f} GiB on each process for weights, gradients and "
@@ -81,19 +81,15 @@ def state_bytes(config: Config, owners: int) -> float:
     return optimizer + gradients + weight / (owners if shared >= 3 else 1)
 
 
-def _neighbours() -> int:
-    """Processes of this run on this machine, which share its memory."""
-    worker = this_worker()
-    return worker.local_world if worker is not None else 1
-
-
-def _available_memory() -> float:
-    """Bytes that can be taken without swapping; infinite where the system does not say."""
+def free_memory() -> float:
+    """Bytes of host memory that this process may take without swapping, its share of what is free; infinite where nobody says."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return math.inf
-    return float(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) * 1024
+    worker = this_worker()
+    neighbours = worker.local_world if worker is not None else 1
+    return float(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) * 1024 / neighbours
 
 
 def compile_blocks(model: Model, device: torch.device) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import shutil
+import socket
+from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from teratron.checkpoint import newest_checkpoint
 from teratron.checkpoint.format import write_synced
+from teratron.checkpoint.reader import checkpoint_folders
 from teratron.config import Config, UserError, frozen_changes
 from teratron.data.blend import parse_blend
 
@@ -22,7 +26,7 @@ def lock(run: Path) -> TextIO:
     """Make the run directory and hold it for this process; raises `UserError` when another one has it or it is not writable."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        handle = (run / ".lock").open("w")
+        handle = (run / ".lock").open("a+")
     except OSError as error:
         raise UserError(f"--run {run}: cannot be written: {error.strerror}; choose another folder") from None
     try:
@@ -32,6 +36,10 @@ def lock(run: Path) -> TextIO:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise UserError(f"--run {run}: another process is training here; wait for it, or choose another folder") from None
         raise UserError(f"--run {run}: cannot be locked: {error.strerror}; choose a folder on another disk") from None
+    with contextlib.suppress(OSError):  # only `teratron watch` wants to know
+        handle.truncate(0)
+        handle.write(f"{socket.gethostname()} {os.getpid()}\n")
+        handle.flush()
     return handle
 
 
@@ -46,12 +54,15 @@ def check_held(handle: TextIO | None, run: Path) -> None:
 
 
 def absolute_paths(config: Config) -> Config:
-    """The same config with the paths of its data made absolute, so that a run goes on from any working directory."""
+    """The same config with the paths of its data and copies made absolute, so that a run goes on from any working directory."""
     data = config.data
-    paths = {f"data.{name}": _absolute_blend(getattr(data, name)) for name in ("train", "valid")}
+    paths: dict[str, Any] = {f"data.{name}": _absolute_blend(getattr(data, name)) for name in ("train", "valid")}
     tokenizer = data.tokenizer
     if tokenizer and tokenizer.partition(":")[0] not in ("bytes", "chars", "bpe"):
         tokenizer = os.path.abspath(tokenizer)
+    copies = config.checkpoint.copy_to
+    if copies and "://" not in copies:
+        paths["checkpoint.copy_to"] = os.path.abspath(copies)
     return config.override({"data.text": tuple(map(os.path.abspath, data.text)), **paths, "data.tokenizer": tokenizer})
 
 
@@ -60,17 +71,32 @@ def _absolute_blend(items: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(item if weighted and place % 2 == 0 else os.path.abspath(item) for place, item in enumerate(items))
 
 
-def continue_config(run: Path, config: Config) -> Config:
+def run_config(run: Path) -> Config:
+    """The config that a run holds: its config.toml, else that of its newest checkpoint. Raises `UserError` where there is none."""
+    if has_config(run):
+        return Config.load(run)
+    checkpoint = newest_checkpoint(run, print, verify=False)
+    if checkpoint is None:
+        raise UserError(f"--run {run} holds neither a config.toml nor a checkpoint: give a preset or a TOML file to start a run there")
+    return checkpoint.config()
+
+
+def has_config(run: Path) -> bool:
+    """Whether there is a config.toml; one without a word was emptied, as by a full disk, and is none."""
+    path = run / "config.toml"
+    return path.is_file() and path.stat().st_size > 0
+
+
+def continue_config(run: Path, config: Config, say: Callable[[str], None]) -> Config:
     """The config of a run that goes on: refuses keys that may not change, fills what the run had resolved.
 
     A fresh folder, or one that is being branched off, returns `config` as it is.
     """
-    path = run / "config.toml"
-    if not path.is_file():
-        if (run / "checkpoints").is_dir() and not (run / FORKING).is_file():
-            raise UserError(f"--run {run} has checkpoints but no config.toml: choose another folder")
-        return config
-    saved = Config.load(path)
+    if not has_config(run):
+        if (run / FORKING).is_file() or not checkpoint_folders(run):
+            return config
+        say(f"{run / 'config.toml'} is missing or empty: made again from the newest checkpoint")
+    saved = run_config(run)
     if config.model.vocab_size == 0:
         config = config.override({"model.vocab_size": saved.model.vocab_size})
     changes = frozen_changes(saved, config)
