@@ -30,10 +30,8 @@ ADVICE = {
 class Guard:
     """Looks at every step of a run once it is made. All ranks ask it the same, and raise the same `UserError`."""
 
-    def __init__(self, run: Path, engine: Engine, batch: Callable[[int], Batch], say: Callable[[str], None]) -> None:
-        """batch: this rank's rows of a step's global batch."""
-        self.run, self.config, self.engine = run, engine.config, engine
-        self._batch, self._say = batch, say
+    def __init__(self, run: Path, engine: Engine, say: Callable[[str], None]) -> None:
+        self.run, self.config, self.engine, self._say = run, engine.config, engine, say
         self._skipped = 0
         """Updates in a row that were skipped for no cure."""
         self._overflowed = 0
@@ -41,8 +39,8 @@ class Guard:
         self._verified = 0
         """The last step after which the copies were the same."""
 
-    def check(self, step: int, loss: float, norm: float, scale: LossScale, metrics: Metrics | Silence) -> None:
-        """After a step, with the loss scale that it had. Raises `UserError` where it must not go on."""
+    def check(self, step: int, batch: Batch, loss: float, norm: float, scale: LossScale, metrics: Metrics | Silence) -> None:
+        """After a step, with this rank's batch and the loss scale that it had. Raises `UserError` where the run must not go on."""
         if math.isfinite(norm) and math.isfinite(loss):
             self.tell_overflows(step - 1, scale.scale)
             self._skipped = 0
@@ -50,9 +48,9 @@ class Guard:
             self._overflowed = self._overflowed or step
         else:
             self.tell_overflows(step - 1, scale.scale)
-            self._judge(step, loss, norm, scale, metrics)
+            self._judge(step, batch, loss, norm, scale, metrics)
         if self.config.train.verify_every and step % self.config.train.verify_every == 0:
-            self._verify(step, scale, metrics)
+            self._verify(step, batch, scale, metrics)
 
     def tell_overflows(self, last: int, scale: float) -> None:
         """One line for steps in a row, the last of which is told; `metrics.jsonl` has each."""
@@ -67,10 +65,10 @@ class Guard:
         adjusted = self.config.train.precision == "fp16" and not optim.loss_scale
         return adjusted and math.isfinite(loss) and scale.scale > optim.min_loss_scale
 
-    def _judge(self, step: int, loss: float, norm: float, scale: LossScale, metrics: Metrics | Silence) -> None:
+    def _judge(self, step: int, batch: Batch, loss: float, norm: float, scale: LossScale, metrics: Metrics | Silence) -> None:
         """Numbers that nothing here cures: find where they come from, then stop or go on."""
         found = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-        place, fault = self._cause(step, scale)
+        place, fault = self._cause(step, batch, scale)
         metrics.write("bad_numbers", step=step, loss=loss, grad_norm=norm, place=place, fault=fault, time=time.time())
         self._skipped += 1
         if self.config.train.on_bad_numbers == "skip" and not math.isfinite(norm) and self._skipped < SKIPS_ALLOWED:
@@ -79,33 +77,33 @@ class Guard:
         more = f"; {self._skipped} updates in a row were skipped" if self._skipped > 1 else ""
         raise UserError(f"{self.run}: step {step}: {found}; {place}{more}: {KEPT}; {ADVICE[fault]}")
 
-    def _cause(self, step: int, scale: LossScale) -> tuple[str, str]:
+    def _cause(self, step: int, batch: Batch, scale: LossScale) -> tuple[str, str]:
         """Where the numbers come from in words, and which kind of fault it is.
 
         The update was skipped and a step is a function of the state, so it can be made again: here with the least loss scale.
         """
         least = min(scale.scale, self.config.optim.min_loss_scale)
-        place = locate(self.engine, self._batch(step), step, least)
+        place = locate(self.engine, batch, step, least)
         if place:
             return f"first not finite: {place}, in the step made again as well", "reproducible"
         if least < scale.scale:
             return f"with loss scale {least:g} in place of {scale.scale:g} it is finite: an overflow", "overflow"
         return "the same step made again is finite: a transient fault, so suspect the hardware", "transient"
 
-    def _verify(self, step: int, scale: LossScale, metrics: Metrics | Silence) -> None:
+    def _verify(self, step: int, batch: Batch, scale: LossScale, metrics: Metrics | Silence) -> None:
         """Compare what several ranks hold; where there is but one rank, compute the step twice instead."""
         difference = compare_copies(self.engine) if self.engine.mesh.world > 1 else None
         if difference is None and self.engine.mesh.world > 1:
             self._verified = step
             return
-        ranks = repeat_step(self.engine, self._batch(step), step, scale.scale)
+        ranks = repeat_step(self.engine, batch, step, scale.scale)
         if difference is None and not ranks:
             return
         since = f" since step {self._verified}" if self._verified else ""
         words = [_different(difference, since)] if difference is not None else []
         words.append(_repeated(ranks))
         told = difference.ranks if difference is not None else tuple(ranks)
-        fault = "transient" if ranks or difference is None else "reproducible"
+        fault = "transient" if ranks else "not seen again"
         metrics.write("corruption", step=step, ranks=list(told), fault=fault, since=self._verified, time=time.time())
         raise UserError(
             f"{self.run}: step {step}: {'; '.join(words)}: {KEPT}; remove checkpoints that you do not trust, take that machine out, and "
