@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ SOON = 15
 STEPS, SAVED = 8, 4
 """Each run is struck between the checkpoint of step SAVED and the end of that of step SAVED + 2."""
 TWO, FOUR = ["--nproc=2", "--parallel.shard=parameters"], ["--nproc=4", "--parallel.tensor=2", "--parallel.shard=optimizer"]
+BESIDE = [*TWO, "--checkpoint.asynchronous"]
+"""Checkpoints are written while training goes on: what was saved when a rank is struck between saves is then a matter of time."""
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 ASK = """
 os.kill(os.getppid(), signal.SIGTERM)
@@ -36,7 +39,7 @@ import json, os, signal, time
 blow = json.loads(os.environ["BLOW"])
 if os.environ.get("RANK") == str(blow["rank"]):
     from teratron.optim.optimizer import Optimizer
-    from teratron.train import trainer
+    from teratron.train import saving
     from teratron.train.engine import Engine
 
     def strike(original, reached):
@@ -54,7 +57,10 @@ if os.environ.get("RANK") == str(blow["rank"]):
         case "update":
             Optimizer.step = strike(Optimizer.step, lambda optimizer, number, *more: number)
         case "save":
-            trainer.save_training = strike(trainer.save_training, lambda run, config, pieces, state, *more: state.step)
+            saving.save_training = strike(saving.save_training, lambda run, config, pieces, state, *more: state.step)
+        case "write":
+            from teratron.checkpoint import format as writer
+            writer.write_safetensors = strike(writer.write_safetensors, lambda path, entries: int(path.parent.name.split("-")[1][:8]))
 """
 """A module that Python imports when it starts: one rank does a deed when it reaches a place of a step."""
 
@@ -65,7 +71,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(text: Path, run: Path, layout: list[str]) -> list[str]:
+    beside = "--checkpoint.asynchronous" in layout
     keys = options(data__text=text, train__steps=STEPS, checkpoint__every=2, checkpoint__keep=0, log__every=1)
+    keys += [] if beside else ["--no-checkpoint.asynchronous"]
     return ["train", *keys, *layout, "--run", str(run), "--device=cpu"]
 
 
@@ -84,7 +92,7 @@ def undisturbed_four(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 class Job:
-    """A run whose rank `rank` does a deed at a place (step, update, save) of a step, and what it has printed."""
+    """A run whose rank `rank` does a deed at a place (step, update, save, write) of a step, and what it has printed."""
 
     def __init__(self, folder: Path, command: list[str], rank: int, place: str, step: int, deed: str) -> None:
         self.folder = folder
@@ -176,12 +184,30 @@ def test_each_of_four_ranks_may_be_killed(text: Path, undisturbed_four: Path, st
 def test_sigterm_to_the_launcher_saves_where_all_ranks_are(text: Path, undisturbed: Path, strike: Strike) -> None:
     """The rank that does not lead is the first to know."""
     job = strike(1, "step", SAVED + 1, ASK)
-    assert job.end(seconds=120) == (130, "\nSIGTERM: finishing this step, then saving (again = stop at once)\n")
+    assert job.end(seconds=120) == (75, "\nSIGTERM: finishing this step, then saving (again = stop at once)\n")
     run = job.folder / "run"
     assert saved(run) == SAVED + 1
-    assert [(event["step"], event["reason"]) for event in events(run, "end")] == [(SAVED + 1, "interrupted")]
-    assert f"stopped at step {SAVED + 1} of {STEPS}; to go on: " in (job.folder / "out").read_text()
+    assert [(event["step"], event["reason"]) for event in events(run, "end")] == [(SAVED + 1, "preempted")]
+    said = (job.folder / "out").read_text()
+    assert re.search(rf"^stopped at step {SAVED + 1} of {STEPS}; to go on: .* train --run \S+ --nproc 2$", said, re.MULTILINE), said
     assert_goes_on(text, run, undisturbed)
+
+
+def test_a_disk_that_fills_up_under_one_rank_while_training_goes_on_stops_all_with_one_sentence(strike: Strike) -> None:
+    job = strike(1, "write", SAVED, "raise OSError(28, 'No space left on device')", BESIDE)
+    code, err = job.end()
+    folder = job.folder / "run" / "checkpoints"
+    assert code == 2
+    assert err.startswith(f"teratron: error: {folder}: disk full: a checkpoint needs 1 MiB")
+    assert err.count("\n") == 1
+    assert os.listdir(folder) == [f"step-{SAVED - 2:08d}"]
+
+
+def test_a_rank_killed_while_it_writes_beside_training_loses_nothing(text: Path, undisturbed: Path, strike: Strike) -> None:
+    job = strike(0, "write", SAVED, KILL, BESIDE)
+    assert job.end() == (1, "teratron: error: rank 0 was killed by SIGKILL (out of memory?); the other ranks were stopped\n")
+    assert saved(job.folder / "run") == SAVED - 2
+    assert_goes_on(text, job.folder / "run", undisturbed, BESIDE)
 
 
 def test_sigterm_to_a_worker_is_a_death_and_saves_nothing(strike: Strike) -> None:

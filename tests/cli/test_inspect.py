@@ -142,8 +142,11 @@ def test_a_checkpoint_of_an_older_release_has_no_time_or_layout(run: Path, capsy
     assert "no state of a training run" in " ".join(row(lines, "trained"))
 
 
-@pytest.mark.parametrize(("name", "message"), [("nothing", "no such run"), (".", "no checkpoint here")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("nothing", "no such run"), (".", "no checkpoint here"), ("file", "file: is a file, expected")]
+)
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str) -> None:
+    (tmp_path / "file").touch()
     assert main(["inspect", str(tmp_path / name)]) == 2
     assert message in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from shutil import copytree, rmtree
+from shutil import copytree, rmtree, which
 from statistics import fmean
 from typing import Any
 
@@ -35,6 +35,7 @@ KEYS = {
     "optim__warmup_steps": 2,
     "train__eval_every": 2,
     "checkpoint__keep": 0,
+    "checkpoint__asynchronous": False,  # else the lines of a run that saves come in any order
     "log__every": 1,
 }
 TENSOR, SEQUENCE = ["--nproc=2", "--parallel.tensor=2"], ["--nproc=2", "--parallel.tensor=2", "--parallel.sequence"]
@@ -83,8 +84,8 @@ def assert_same_training(run: Path, alone: Path, steps: int = STEPS) -> None:
 
 
 def wording(out: str) -> list[str]:
-    """The lines without what differs from run to run: numbers, and the keys of the layout."""
-    return [re.sub(r"[\d.,]+", "#", line) for line in out.splitlines() if not line.startswith("parallel ")]
+    """The lines without what differs from run to run: numbers, and the layout."""
+    return [re.sub(r"[\d.,]+", "#", line) for line in out.splitlines() if not re.match(r"parallel |\d+ processes: ", line)]
 
 
 @pytest.mark.parametrize("layout", [TENSOR, SEQUENCE, PARAMETERS], ids=["tensor", "sequence", "shard-parameters"])
@@ -95,6 +96,7 @@ def test_two_processes_train_as_one_and_say_the_same_once(
     assert main(command(text, tmp_path / "run", layout)) == 0
     out, err = capfd.readouterr()
     assert err == ""
+    assert len(re.findall("^2 processes: (tensor|shard) 2", out, re.MULTILINE)) == 1
     assert wording(out.replace(str(tmp_path), "")) == wording((alone.parent / "out").read_text().replace(str(alone.parent), ""))
     assert_same_training(tmp_path / "run", alone)
 
@@ -153,11 +155,29 @@ def test_two_processes_generate_what_one_does(
 
 
 REFUSED = {
-    "degrees": (3, {"parallel.tensor": 2}, "parallel.tensor = 2 does not divide the 3 processes: choose one of 1, 3"),
-    "heads": (2, {"parallel.tensor": 2, "model.heads": 1}, r"parallel.tensor = 2 does not divide the model \(model.heads = 1,.* of 1"),
-    "batch": (2, {"train.global_batch": 3, "train.micro_batch": 1}, r"train.global_batch = 3 cannot be shared by 2 data ranks.* 1, 3"),
+    "degrees": (
+        3,
+        {"parallel.tensor": 2},
+        r"parallel.tensor = 2 does not divide the 3 processes: start --nproc 4 .*, or choose --parallel.tensor 1",
+    ),
+    "heads": (2, {"parallel.tensor": 2, "model.heads": 1}, r"parallel.tensor = 2 does not divide the model \(model.heads = 1,.* 1"),
+    "batch": (
+        2,
+        {"train.global_batch": 3, "train.micro_batch": 1},
+        r"train.global_batch = 3 cannot be shared by 2 data ranks .* --train.global_batch 2 or 4, or --nproc among 1, 3",
+    ),
     "sequence": (2, {"parallel.sequence": True}, "parallel.sequence = true needs parallel.tensor of at least 2"),
-    "replicate": (2, {"parallel.shard": "optimizer", "parallel.replicate": 3}, r"parallel.replicate = 3: there are 2 data ranks .* 1, 2"),
+    "replicate": (
+        2,
+        {"parallel.shard": "optimizer", "parallel.replicate": 3},
+        r"parallel.replicate = 3 does not divide the 2 data ranks .* 1 or 2",
+    ),
+    "alone": (1, {"parallel.tensor": 2}, r"parallel.tensor = 2 needs 2 processes, there is 1: start --nproc 2 .*, or choose "),
+    "nothing to shard": (
+        2,
+        {"parallel.replicate": 1},
+        r"parallel.replicate = 1 with parallel.shard = none, .* leave parallel.replicate out",
+    ),
     "none": (0, {}, "--nproc 0: expected the number of processes"),
 }
 
@@ -235,6 +255,21 @@ def test_fifty_steps_of_shakespeare_are_those_of_one_process(preset: Preset, pre
     assert len(losses(run)) == 50
     assert losses(run) == pytest.approx(losses(preset_alone), rel=TOLERANCE)
     assert evaluations(run) == pytest.approx(evaluations(preset_alone), rel=TOLERANCE)
+
+
+COMPILED = {"tensor": TENSOR, "sequence": SEQUENCE, "shard-parameters": PARAMETERS, "context": ["--nproc=2", "--parallel.context=2"]}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(which, ("g++", "c++", "clang++"))), reason="torch.compile on CPU needs a C++ compiler")
+@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize("layout", COMPILED.values(), ids=COMPILED)
+def test_compiled_blocks_train_alike_on_any_layout(text: Path, tmp_path: Path, layout: list[str], experts: int) -> None:
+    """Collectives, and experts whose numbers of tokens are data, stay outside of what is compiled."""
+    keys = {"model__experts": experts, "model__router_balance": "none"} if experts else {}
+    assert main(command(text, tmp_path / "alone", [], 3, **keys)) == 0
+    assert main(command(text, tmp_path / "run", layout, 3, train__compile=True, **keys)) == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=TOLERANCE)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from tiny import assert_same_state, events, losses, options, state, write_text
 
 from teratron.cli.main import main
 from teratron.config import Config
+from teratron.parallel.worker import ENDING
 from teratron.train import trainer
 from teratron.train.commands import program
 from teratron.train.engine import Engine
@@ -62,20 +63,34 @@ def test_text_in_a_trained_model_out(text: Path, tmp_path: Path, capsys: pytest.
         assert (tmp_path / "run" / name).is_file()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "code", "reason"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 75, "preempted"),
+        (signal.SIGUSR1, 75, "preempted"),
+        (signal.SIGUSR2, 75, "preempted"),
+    ],
+)
 def test_a_signal_saves_says_how_to_go_on_and_the_same_command_does(
-    text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    text: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
+    reason: str,
 ) -> None:
     assert main(command(text, tmp_path / "plain")) == 0
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(n) for n in ENDING]
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: os.kill(os.getpid(), number))
-        assert main(command(text, tmp_path / "run")) == 130
+        assert main(command(text, tmp_path / "run")) == code
     out, err = capfd.readouterr()
     assert f"stopped at step 3 of 6; to go on: {program()} train --run {tmp_path / 'run'}" in out
     assert f"{number.name}: finishing this step, then saving" in err
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert [event["reason"] for event in events(tmp_path / "run", "end")] == ["interrupted"]
+    assert [signal.getsignal(n) for n in ENDING] == handlers
+    assert [event["reason"] for event in events(tmp_path / "run", "end")] == [reason]
     assert main(["train", "--run", str(tmp_path / "run"), "--device", "cpu"]) == 0, "as it said"
     assert_same_state(tmp_path / "plain", tmp_path / "run")
     assert losses(tmp_path / "plain") == losses(tmp_path / "run")
@@ -94,10 +109,28 @@ def test_a_second_signal_stops_at_once_and_loses_no_checkpoint(text: Path, tmp_p
 
     with monkeypatch.context() as patch:
         at_step(patch, 5, twice)
-        assert main(command(text, tmp_path / "run")) == 130
+        assert main(command(text, tmp_path / "run", checkpoint__asynchronous=False)) == 130
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
-    assert main(command(text, tmp_path / "run")) == 0
+    assert main(command(text, tmp_path / "run", checkpoint__asynchronous=False)) == 0
     assert [event["step"] for event in events(tmp_path / "run", "resume")] == [4]
+
+
+@pytest.mark.parametrize("others", [(signal.SIGUSR1, signal.SIGUSR1), (signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR2)])
+def test_a_scheduler_that_repeats_itself_does_not_cut_the_save_short(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: tuple[signal.Signals, ...]
+) -> None:
+    at_step(monkeypatch, 5, lambda: [os.kill(os.getpid(), number) for number in others])
+    assert main(command(text, tmp_path / "run")) == 75
+    assert [event["step"] for event in events(tmp_path / "run", "save")][-1] == 5
+
+
+def test_a_run_stops_by_itself_after_its_time_and_goes_on_to_the_same_end(text: Path, tmp_path: Path) -> None:
+    """Of the least time there is: the first step ends after it."""
+    assert main(command(text, tmp_path / "plain")) == 0
+    assert main(command(text, tmp_path / "run", train__stop_after=1e-9)) == 75
+    assert [(event["step"], event["reason"]) for event in events(tmp_path / "run", "end")] == [(1, "preempted")]
+    assert main(command(text, tmp_path / "run")) == 0, "the key may change when a run goes on"
+    assert_same_state(tmp_path / "plain", tmp_path / "run")
 
 
 def test_a_real_process_starts_fast_and_obeys_ctrl_c(text: Path, tmp_path: Path) -> None:
@@ -168,7 +201,7 @@ def test_a_file_too_large_while_saving_keeps_the_former_checkpoint(
     text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel refuses in the middle of the file, as on a full disk; afterwards the same command goes on."""
-    line = command(text, tmp_path / "run", model__hidden=64)
+    line = command(text, tmp_path / "run", model__hidden=64, checkpoint__asynchronous=False)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1])))

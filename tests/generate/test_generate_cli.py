@@ -32,6 +32,22 @@ def test_prompt_and_continuation_are_streamed(loaded: LoadedModel, capsys: pytes
     assert "tokens/s" in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "prompt"),
+    [
+        (["run", "--max-new-tokens", "20", "Hi"], "Hi"),
+        (["--max-new-tokens", "20", "run", "Hi"], "Hi"),
+        (["run", "--max-new-tokens", "20", ""], ""),
+        (["run", "--max-new-tokens", "20", "--", "--Hi"], "--Hi"),
+    ],
+)
+def test_the_prompt_may_stand_behind_options(
+    loaded: LoadedModel, capsys: pytest.CaptureFixture[str], arguments: list[str], prompt: str
+) -> None:
+    assert main(["generate", *arguments]) == 0
+    assert capsys.readouterr().out == f"{prompt}{continued(loaded, prompt)}\n"
+
+
 def test_complete_text_is_the_streamed_text(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", "run", "Hi", "--max-new-tokens", "20", "--temperature", "0.9", "--top-k", "50", "--top-p", "0.9", "--seed", "3"]
     assert main(command) == main([*command, "--no-stream"]) == 0
@@ -85,6 +101,8 @@ def test_stop_texts_and_tokenizer(loaded: LoadedModel, capsys: pytest.CaptureFix
         (["Hi", "--temperature", "-1"], "temperature = -1.0"),
         (["Hi", "--max-new-tokens", "100"], "ask for at most 62"),
         (["Hi", "--samples", "0"], "samples = 0"),
+        (["Hi", "--samples", "1", "Ho"], "unexpected argument 'Ho'"),
+        (["--sample", "1", "Hi"], "unknown option '--sample'"),
         (["Hi", "--device", "tpu"], "--device tpu: expected auto, cpu or cuda"),
         (["Hi", "--precision", "fp8"], "invalid choice: 'fp8'"),
     ],

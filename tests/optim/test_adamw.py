@@ -7,43 +7,14 @@ import math
 
 import pytest
 import torch
+from learning import CONFIG, learn, loss_of, made, optimizer_of
 from torch import Tensor, nn
 
-from teratron.config import ModelConfig, OptimConfig, ParallelConfig
-from teratron.models import Model, build_model, initialise
-from teratron.optim import Optimizer, build_optimizer
-from teratron.parallel.flat import FlatModel
-from teratron.parallel.mesh import Mesh
-from teratron.parallel.stages import Stages
+from teratron.config import OptimConfig
+from teratron.models import build_model, initialise, parts_of
+from teratron.optim import Optimizer
 
-CONFIG = ModelConfig(layers=2, hidden=16, heads=2, seq_length=8, vocab_size=30, vocab_multiple=16, init_std=0.3, position="rope")
-"""With rotary positions every parameter has a gradient; a key bias without them has rounding errors only, which Adam magnifies."""
 HALVES = [torch.bfloat16, torch.float16]
-
-
-def made(dtype: torch.dtype = torch.float64, **changes: bool) -> Model:
-    model = build_model(ModelConfig(**{**vars(CONFIG), **changes}), dtype=dtype)
-    initialise(model, 1)
-    return model
-
-
-def optimizer_of(model: Model, config: OptimConfig | None = None) -> Optimizer:
-    return build_optimizer(FlatModel(Stages({0: model}), Mesh(), ParallelConfig()), config or OptimConfig())
-
-
-def loss_of(model: Model, seed: int, scale: float = 1.0) -> Tensor:
-    """The loss of a random batch."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens, targets = torch.randint(CONFIG.vocab_size, (2, 3, CONFIG.seq_length), generator=generator)
-    hidden = model({"tokens": tokens, "positions": torch.arange(CONFIG.seq_length).expand(3, -1)})["hidden"]
-    return model.head.output.loss_sum(hidden, targets, torch.ones(targets.shape)) * scale / targets.numel()
-
-
-def learn(optimizer: Optimizer, seed: int, number: int, lr: float, loss_scale: float = 1.0) -> float:
-    """One whole step on a random batch."""
-    optimizer.flat.backward(0, [loss_of(optimizer.flat.stages.stages()[0], seed, loss_scale)], [None], last=True)
-    optimizer.flat.finish()
-    return optimizer.step(number, lr, loss_scale)
 
 
 def torch_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -82,7 +53,7 @@ def test_twenty_steps_equal_torchs_adamw_with_clipping_and_decay(tied: bool, los
         expected.zero_grad()
         optimizer.flat.backward(0, [loss_of(model, step, scale * loss_scale)], [None], last=True)
         optimizer.flat.finish()
-        norms.append(optimizer.step(step, rate, loss_scale))
+        norms.append(float(optimizer.step(step, rate, loss_scale)))
         assert norms[-1] == pytest.approx(right, rel=1e-12)
     assert min(norms) < config.clip < max(norms)
     for (name, ours), theirs in zip(model.named_parameters(), oracle.parameters(), strict=True):
@@ -127,9 +98,10 @@ def test_masters_of_half_types_keep_updates_that_rounding_would_lose(dtype: torc
         if piece.name.startswith("weight/"):
             assert piece.values.dtype == torch.float32
             torch.testing.assert_close(piece.values, torch.full(piece.values.shape, 0.98), rtol=0, atol=1e-5)
-    for parameter in model.parameters():
-        assert parameter.dtype == dtype
-        torch.testing.assert_close(parameter.detach().float(), torch.full(parameter.shape, 0.98), rtol=0, atol=torch.finfo(dtype).eps / 2)
+    for part in parts_of(model):
+        values = part.of(model.get_parameter(part.parameter).detach())
+        assert values.dtype == dtype
+        torch.testing.assert_close(values.float(), torch.full(part.shape, 0.98), rtol=0, atol=torch.finfo(dtype).eps / 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])

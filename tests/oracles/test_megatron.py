@@ -1,7 +1,7 @@
 """The same weights give the same logits, loss and gradients as megatron-core's GPTModel, tensor-parallel 1 and 2, in float64.
 
-So does our pipeline of two ranks, whose loss and gradient norm are compared with megatron-core's whole model: its own pipeline has not
-been made to run without CUDA.
+So does our pipeline of two ranks, whose loss and gradient norm are compared with megatron-core's whole model; its own
+pipeline was not tried.
 """
 
 from __future__ import annotations

@@ -199,11 +199,17 @@ def single(keys: dict[str, Any], packed: bool = False, length: int = 0, silent: 
 
 
 def assert_layout_invisible(ranks: int, keys: dict[str, Any], *shape: int, tol: float = 1e-9) -> Outcome:
-    """A layout's losses, norms, weights and moments are the single process's; clipping was active. Returns what it found.
+    """A layout's losses, norms, weights and moments are the single process's. Returns what it found."""
+    found = outcome(pool().run(train, ranks, keys, *shape))
+    assert_same_training(found, single(keys, *shape), keys, tol)
+    return found
+
+
+def assert_same_training(found: Outcome, expected: Outcome, keys: dict[str, Any], tol: float = 1e-9) -> None:
+    """The same losses, norms and state within the tolerance; clipping was active.
 
     In float32 biases of keys are left out: softmax does not see them, so their gradient is nothing but rounding, which Adam enlarges.
     """
-    found, expected = outcome(pool().run(train, ranks, keys, *shape)), single(keys, *shape)
     clip = config_of(keys).optim.clip
     assert all(norm > clip > 0 for norm in expected.norms), "clipping was not active"
     for a, b in zip(found.losses + found.norms, expected.losses + expected.norms, strict=True):
@@ -211,4 +217,3 @@ def assert_layout_invisible(ranks: int, keys: dict[str, Any], *shape: int, tol: 
     mute = "nothing" if config_of(keys).train.precision == "fp64" else ".k.bias"
     states = [{name: value for name, value in state.items() if not name.endswith(mute)} for state in (found.state, expected.state)]
     assert_parity(*states, tol, config_of(keys).optim.lr, len(found.losses))
-    return found

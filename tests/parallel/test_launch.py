@@ -70,7 +70,7 @@ def stop():
         while other.exists() and other.read_text().rpartition(")")[2].split()[0] != "Z":
             time.sleep(0.01)
     tell("saved", os.getpid())
-    return 130
+    return interrupt.asked
 
 def run():
     match does:
@@ -225,7 +225,7 @@ def test_a_signal_to_the_launcher_lets_every_rank_save(start: Callable[..., Job]
     job = start("stop")
     pids = job.pids()
     job.process.terminate()
-    assert job.wait() == 130
+    assert job.wait() == 75
     assert job.told("saved").keys() == {0, 1}
     assert job.err == "\nSIGTERM: finishing this step, then saving (again = stop at once)\n"
     assert not any(map(alive, pids.values()))

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teratron.config import ModelConfig, ParallelConfig, UserError
-from teratron.parallel.mesh import AXES, DATA, Group, Mesh, check_layout, mesh_sizes
+from teratron.parallel.mesh import AXES, DATA, Group, Mesh, check_layout, describe_layout, mesh_sizes
 
 halves = st.integers(1, 2)
 sizes = st.fixed_dictionaries(
@@ -146,43 +147,59 @@ def test_the_shard_degree_is_what_is_left_of_the_world(keys: dict[str, object], 
     assert mesh_sizes(ParallelConfig(**keys), world) == dict.fromkeys(AXES, 1) | expected
 
 
+def choices(error: UserError) -> list[int]:
+    """The values that a refusal names at its end, such as 1, 2 or 4."""
+    return [int(number) for number in re.findall(r"\d+", str(error).rpartition("choose ")[2])]
+
+
 @pytest.mark.parametrize(
-    ("keys", "world", "product", "possible"),
+    ("keys", "world", "named", "nproc", "possible"),
     [
-        ({"pipeline": 3}, 4, 3, "1, 2, 4"),
-        ({"context": 3}, 4, 3, "1, 2, 4"),
-        ({"pipeline": 2, "context": 2, "tensor": 2}, 12, 8, "1, 2, 3, 4, 6, 12"),
-        ({"pipeline": 4}, 1, 4, "1"),
+        ({"pipeline": 3}, 4, r"parallel\.pipeline = 3 does not divide the 4 processes", 6, [1, 2, 4]),
+        ({"context": 3}, 4, r"parallel\.context = 3 does not divide the 4 processes", 6, [1, 2, 4]),
+        ({"tensor": 4}, 6, r"parallel\.tensor = 4 does not divide the 6 processes", 8, [1, 2, 3, 6]),
+        ({"tensor": 2}, 1, r"parallel\.tensor = 2 needs 2 processes, there is 1", 2, [1]),
+        ({"tensor": 8}, 4, r"parallel\.tensor = 8 needs 8 processes, there are 4", 8, [1, 2, 4]),
+        ({"pipeline": 2, "context": 2, "tensor": 2}, 12, r".* x .* x .* = 8 does not divide the 12 processes", 16, [1, 2, 3, 4, 6, 12]),
+        ({"context": 2, "tensor": 4}, 4, r".* x .* = 8 needs 8 processes, there are 4", 8, [1, 2, 4]),
     ],
 )
-def test_degrees_whose_product_does_not_divide_are_refused(keys: dict[str, int], world: int, product: int, possible: str) -> None:
-    text = rf"^parallel\.pipeline = .* = {product} does not divide the {world} processes: .* is one of {possible}$"
-    with pytest.raises(UserError, match=text) as error:
+def test_degrees_that_do_not_divide_are_refused_with_those_that_do(
+    keys: dict[str, int], world: int, named: str, nproc: int, possible: list[int]
+) -> None:
+    with pytest.raises(UserError, match=rf"^{named}: start --nproc {nproc} .*, or choose ") as error:
         mesh_sizes(ParallelConfig(**keys), world)
-    for key, degree in keys.items():
-        assert f"parallel.{key} = {degree}" in str(error.value)
+    assert all(f"parallel.{key} = {degree}" in str(error.value) for key, degree in keys.items())
+    assert choices(error.value) == possible
+    mesh_sizes(ParallelConfig(**keys), nproc)
+    for choice in possible:
+        mesh_sizes(ParallelConfig(**(dict.fromkeys(keys, 1) | {next(iter(keys)): choice})), world)
 
 
 @pytest.mark.parametrize(
     ("keys", "world", "named", "possible"),
     [
-        ({"tensor": 4}, 6, "parallel.tensor = 4", "1, 2, 3, 6"),
-        ({"tensor": 2}, 1, "parallel.tensor = 2", "1"),
-        ({"tensor": 8}, 4, "parallel.tensor = 8", "1, 2, 4"),
-        ({"shard": "optimizer", "replicate": 4}, 6, "parallel.replicate = 4", "1, 2, 3, 6"),
-        ({"shard": "optimizer", "replicate": 4, "tensor": 2}, 12, "parallel.replicate = 4", "1, 2, 3, 6"),
-        ({"replicate": 2}, 6, "parallel.replicate = 2", "6"),  # nothing is sharded: there is nobody to be sharded over
-        ({"replicate": 2, "tensor": 2}, 8, "parallel.replicate = 2", "4"),
-        ({"replicate": 4, "pipeline": 2, "context": 2}, 8, "parallel.replicate = 4", "2"),
+        ({"shard": "optimizer", "replicate": 4}, 6, "replicate", [1, 2, 3, 6]),
+        ({"shard": "optimizer", "replicate": 4, "tensor": 2}, 12, "replicate", [1, 2, 3, 6]),
+        ({"expert": 3}, 4, "expert", [1, 2, 4]),
+        ({"expert": 4, "tensor": 2}, 4, "expert", [1, 2]),
     ],
 )
-def test_degrees_that_do_not_divide_are_refused_with_those_that_do(keys: dict[str, object], world: int, named: str, possible: str) -> None:
-    with pytest.raises(UserError, match=rf"^{re.escape(named)}\b.*: choose one of {possible}$") as error:
+def test_what_does_not_divide_the_data_ranks_is_refused(keys: dict[str, object], world: int, named: str, possible: list[int]) -> None:
+    with pytest.raises(UserError, match=rf"^parallel\.{named} = {keys[named]} does not divide .*: choose --parallel\.{named} ") as error:
         mesh_sizes(ParallelConfig(**keys), world)
-    assert str(world) in str(error.value)
-    for choice in map(int, possible.split(", ")):
-        key = named.split(" ")[0].removeprefix("parallel.")
-        assert math.prod(mesh_sizes(ParallelConfig(**{**keys, key: choice}), world).values()) == world
+    assert choices(error.value) == possible
+    for choice in possible:
+        assert math.prod(mesh_sizes(ParallelConfig(**{**keys, named: choice}), world).values()) == world
+
+
+@pytest.mark.parametrize(("keys", "world"), [({"replicate": 2}, 6), ({"replicate": 4, "pipeline": 2, "context": 2}, 8)])
+def test_copies_of_what_is_not_sharded_are_refused(keys: dict[str, int], world: int) -> None:
+    """All are copies: there is nobody to be sharded over."""
+    with pytest.raises(UserError, match=r"^parallel\.replicate = .* leave parallel\.replicate out, .*--parallel\.shard optimizer$"):
+        mesh_sizes(ParallelConfig(**keys), world)
+    mesh_sizes(ParallelConfig(**{**keys, "replicate": 0}), world)
+    mesh_sizes(ParallelConfig(**{**keys, "replicate": 2, "shard": "optimizer"}), world)
 
 
 MODEL = ModelConfig(layers=1, hidden=24, heads=12, kv_heads=4, ffn=96, seq_length=8, vocab_size=100)
@@ -202,11 +219,43 @@ MODEL = ModelConfig(layers=1, hidden=24, heads=12, kv_heads=4, ffn=96, seq_lengt
 )
 def test_tensor_degrees_that_the_model_cannot_be_cut_into_are_refused(changes: dict[str, int], tensor: int, possible: str) -> None:
     model = ModelConfig(**{**vars(MODEL), **changes})
-    with pytest.raises(UserError, match=rf"^parallel\.tensor = {tensor} does not divide the model .*: choose one of {possible}$") as error:
+    with pytest.raises(
+        UserError, match=rf"^parallel\.tensor = {tensor} does not divide the model .*model\.heads = 12, .*: choose "
+    ) as error:
         check_layout(model, ParallelConfig(tensor=tensor))
-    assert "model.heads = 12" in str(error.value)
-    for choice in map(int, possible.split(", ")):
+    assert choices(error.value) == list(map(int, possible.split(", ")))
+    for choice in choices(error.value):
         check_layout(model, ParallelConfig(tensor=choice))
+
+
+def test_what_is_proposed_suits_processes_and_model() -> None:
+    """12 heads, 4 key/value heads, one layer, 12 experts."""
+    model = replace(MODEL, experts=12)
+    for keys, world, possible in (
+        ({"tensor": 16}, 8, [1, 2, 4]),
+        ({"tensor": 5}, 24, [1, 2, 4, 12]),
+        ({"pipeline": 5}, 8, [1, 2]),
+        ({"expert": 5}, 8, [1, 2, 4]),
+    ):
+        with pytest.raises(UserError) as error:
+            mesh_sizes(ParallelConfig(**keys), world, model)
+        assert choices(error.value) == possible
+    for keys, world, possible in (
+        ({"tensor": 8}, 8, [1, 2, 4]),
+        ({"tensor": 8, "context": 3}, 72, [1, 2, 4, 12]),
+        ({"expert": 8}, 8, [1, 2, 4]),
+        ({"expert": 8, "tensor": 2}, 12, [1, 2, 3, 6]),
+    ):
+        with pytest.raises(UserError) as error:
+            check_layout(model, ParallelConfig(**keys), world)
+        assert choices(error.value) == possible
+
+
+def test_a_layout_in_words() -> None:
+    parallel = ParallelConfig(tensor=2, sequence=True, pipeline=2, schedule="gpipe", shard="gradients", replicate=3, expert=2)
+    words = "24 processes: pipeline 2 (gpipe) x replicate 3 x shard 2 (gradients) x tensor 2 (sequence), expert 2"
+    assert describe_layout(mesh_sizes(parallel, 24), parallel) == words
+    assert describe_layout(mesh_sizes(ParallelConfig(), 2), ParallelConfig()) == "2 processes: replicate 2"
 
 
 def test_sequence_parallelism_needs_tensor_ranks() -> None:
@@ -238,9 +287,10 @@ def test_put_off_weight_gradients_and_buffers_that_come_and_go_are_refused(sched
 def test_too_few_heads_to_exchange_are_refused(heads: int, pairs: int, tensor: int, context: int, possible: str) -> None:
     model = ModelConfig(**{**vars(MODEL), "heads": heads, "kv_heads": pairs})
     layout = {"tensor": tensor, "context_method": "all_to_all"}
-    text = rf"^parallel\.context = {context} does not divide the {heads // tensor} heads of a tensor rank, .*: choose one of {possible}, or"
-    with pytest.raises(UserError, match=text):
+    text = rf"^parallel\.context = {context} does not divide the {heads // tensor} heads of a tensor rank, .*: choose --parallel.context "
+    with pytest.raises(UserError, match=text) as error:
         check_layout(model, ParallelConfig(context=context, **layout))
-    for choice in map(int, possible.split(", ")):
+    assert choices(error.value) == list(map(int, possible.split(", ")))
+    for choice in choices(error.value):
         check_layout(model, ParallelConfig(context=choice, **layout))
     check_layout(model, ParallelConfig(context=context, tensor=tensor, context_method="ring"))

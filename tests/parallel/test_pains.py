@@ -139,7 +139,7 @@ def ones_probe(rank: int, ranks: int, keys: dict[str, Any]) -> float:
     engine = engine_of(rank, ranks, keys)
     for bucket in engine.flat.trained:
         bucket.gradient.fill_(1.0)
-    return global_norm(engine.flat)
+    return float(global_norm(engine.flat))
 
 
 @layouts
@@ -229,7 +229,7 @@ def evaluation_probe(rank: int, ranks: int, keys: dict[str, Any]) -> tuple[list[
     engine = engine_of(rank, ranks, keys)
     found, norms = [engine.evaluate(held_out(engine)).loss()], []
     for step in (1, 2):
-        norms.append(engine.step(share(engine, batch_of(engine.config, step)), step=step, number=step, lr=0.01)[1])
+        norms.append(float(engine.step(share(engine, batch_of(engine.config, step)), step=step, number=step, lr=0.01)[1]))
         found.append(engine.evaluate(held_out(engine)).loss())
     return found, (found, norms, engine.optimizer.pieces())
 
@@ -289,7 +289,8 @@ def overflow_probe(rank: int, ranks: int, keys: dict[str, Any], culprit: int) ->
     for step in (1, 2, 3, 4):
         scales.append(scale.scale)
         batch = share(engine, batch_of(config, step))
-        tally, norm = engine.step(batch, step=step, number=step - (step > 2), lr=0.01, loss_scale=scale.scale)
+        tally, total = engine.step(batch, step=step, number=step - (step > 2), lr=0.01, loss_scale=scale.scale)
+        norm = float(total)
         scale = scale.after(math.isfinite(norm), config.optim, config.train.precision)
         losses.append(tally.loss())
         norms.append(norm if math.isfinite(norm) else math.inf)

@@ -1,4 +1,4 @@
-"""A deadlock cannot hide: schedules that would wait for ever are refused, and a rank that waits in vain says for what, as do all others."""
+"""A deadlock cannot hide: a rank that waits in vain says for what, as do all others; jobs that hang are ended, their ranks named."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import torch.distributed as dist
 from cases import engine_of
 from pool import pool
 
-from teratron.parallel.doing import ROOM, Doing, Stall, read_doing
+from teratron.parallel.doing import GROUPS, ROOM, Beat, Doing, Stall, read_beat
+from teratron.parallel.hangs import account, differences
 from teratron.parallel.launch import launch
 from teratron.parallel.mesh import Mesh
+from teratron.parallel.restart import Care
 from teratron.parallel.schedule_actions import Schedule
 from teratron.parallel.schedules import build_schedule
 from teratron.parallel.simulate import ScheduleError
@@ -94,7 +96,8 @@ def test_collectives_that_nobody_joins_are_named() -> None:
     found = pool().run(left_alone, 2)[0]
     assert found.keys() == OPERATIONS.keys()
     for operation, said in found.items():
-        assert re.fullmatch(rf"this test, waiting for {operation}\w* over ranks 0, 1 \(tensor another\)", said), said
+        words = rf"this test, waiting for #1 {operation}\w* of float32 \[4\] over ranks 0, 1 \(tensor another\)"
+        assert re.fullmatch(words, said), said
 
 
 def test_the_engine_refuses_a_schedule_that_would_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,12 +111,106 @@ def test_the_engine_refuses_a_schedule_that_would_wait_for_ever(monkeypatch: pyt
         made._runtime(3)
 
 
+HANGS = """
+import os, signal, sys
+import torch
+from teratron.parallel.mesh import Mesh
+from teratron.parallel.worker import connect, supervised, telling, this_worker
+
+def run():
+    worker = this_worker()
+    connect(worker, torch.device("cpu"))
+    mesh = Mesh({"tensor": worker.world}, worker.rank, telling())
+    control = mesh.control
+    mesh.tensor.sum(torch.ones(4)).wait()
+    mesh.doing.at(5)
+    mesh.doing.say("the passes")
+    other = worker.rank == 1
+    match sys.argv[1]:
+        case "stops" if other:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "skips one" if other:
+            control.sum(torch.ones(1)).wait()
+        case "another shape" if other:
+            mesh.tensor.sum(torch.ones(2, 3)).wait()
+        case "another one" if other:
+            mesh.tensor.gather(torch.ones(8), torch.ones(4)).wait()
+    mesh.tensor.sum(torch.ones(4)).wait()
+    control.sum(torch.ones(1)).wait()
+    return 0
+
+sys.exit(supervised(run))
+"""
+WAITS = "  rank 0: step 5: the passes, waiting for #2 all_reduce of float32 [4] over ranks 0, 1 (tensor)"
+
+
+def hang(folder: Path, how: str, capfd: pytest.CaptureFixture[str]) -> list[str]:
+    """What is said of two ranks that do not meet."""
+    (folder / "worker.py").write_text(HANGS)
+    assert launch(2, [str(folder / "worker.py"), how], Care(hang_timeout=3), folder) == 1
+    return capfd.readouterr().err.splitlines()
+
+
+def test_a_rank_that_is_stopped_is_named_with_the_stacks_of_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    *said, last = hang(tmp_path, "stops", capfd)
+    assert said == [
+        "teratron: error: no progress for 3 s: rank 1 did not go on",
+        "  collectives over ranks 0, 1 (tensor): rank 0 at #2 all_reduce of float32 [4], rank 1 at #1 all_reduce of float32 [4]",
+        WAITS,
+        "  rank 1: step 5: the passes; is stopped (SIGSTOP)",
+    ]
+    (path,) = (tmp_path / "hangs").iterdir()
+    assert last == f"  Python stacks of all ranks: {path}"
+    text = path.read_text()
+    assert text.startswith("\n".join(said))
+    assert re.search(r"^rank 0\n(.*\n)*.*worker.py\", line \d+ in run$", text, re.MULTILINE), text
+    assert text.endswith("rank 1\n(no answer)\n")
+
+
+@pytest.mark.parametrize(
+    ("how", "other"),
+    [
+        ("another shape", "#2 all_reduce of float32 [2, 3]"),
+        ("skips one", "#1 all_reduce of float32 [4]"),
+        pytest.param("another one", "#2 all_gather", marks=pytest.mark.slow),
+    ],
+)
+def test_collectives_that_do_not_match_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str], how: str, other: str) -> None:
+    """Whether they hang, as most do, or gloo aborts."""
+    (named,) = [line for line in hang(tmp_path, how, capfd) if line.startswith("  collectives over ranks 0, 1 (tensor): ")]
+    assert "rank 0 at #2 all_reduce of float32 [4]" in named
+    assert f"rank 1 at {other}" in named
+
+
+def test_only_collectives_of_the_same_number_are_sure_not_to_match() -> None:
+    """A rank that has died or is late has come to fewer."""
+    kinds = {0: (7, "sum of float32 [4]"), 1: (7, "sum of float32 [4]"), 2: (6, "gather of float32 [2]")}
+    beats = [Beat(9, 1, "x", {"over all": kind, "over none": (0, "")}) for kind in kinds.values()]
+    line = "  collectives over all: ranks 0, 1 at #7 sum of float32 [4], rank 2 at #6 gather of float32 [2]"
+    assert (differences(beats), differences(beats, certain=True)) == ([line], [])
+    beats[1].collectives["over all"] = (7, "sum of float32 [8]")
+    assert differences(beats, certain=True) == differences(beats) != [line]
+    assert differences([beats[0]] * 3) == []
+    assert account(beats[:1], {0: "; is late"}) == "  rank 0: step 1: x; is late"
+
+
 def test_what_was_said_last_is_read_from_outside(tmp_path: Path) -> None:
     doing = Doing(tmp_path / "doing")
-    assert read_doing(tmp_path / "doing") == ""
+    assert read_beat(tmp_path / "doing") == read_beat(tmp_path / "nobody") == Beat()
     doing.say("a long sentence")
     doing.say("short")
-    assert read_doing(tmp_path / "doing") == "short"
+    assert read_beat(tmp_path / "doing") == Beat(2, 0, "short")
+    doing.at(3)
+    doing.say("forward")
+    doing.within("blocks.7")
+    assert read_beat(tmp_path / "doing").words == "step 3: forward, blocks.7"
+    doing.within("head")
+    assert read_beat(tmp_path / "doing") == Beat(6, 3, "forward, head")
     doing.say("ä" * ROOM)
-    assert read_doing(tmp_path / "doing") == "ä" * (ROOM // 2)
-    assert read_doing(tmp_path / "nobody") == ""
+    assert read_beat(tmp_path / "doing").what == "ä" * (ROOM // 2)
+    for group in map(str, range(GROUPS + 2)):
+        doing.enter(group)
+        doing.count(group, f"sum of {group}")
+    assert doing.count("1", "max") == "#2 max"
+    found = read_beat(tmp_path / "doing").collectives
+    assert found == {str(n): (1, f"sum of {n}") for n in range(GROUPS)} | {"1": (2, "max")}

@@ -100,6 +100,44 @@ def test_reduction_begins_while_backward_goes_on(shard: str) -> None:
         assert events[-1].startswith("reduce embedding")
 
 
+def copies_probe(rank: int, ranks: int, keys: dict[str, Any]) -> tuple[list[str], set[torch.dtype], int]:
+    """Gradients of blocks that begin to arrive, and sums over the copies of slices that start, in one step with two micro-batches; the
+    types that these sums travel in, and how many buckets there are."""
+    engine = engine_of(rank, ranks, keys | {"model.layers": LAYERS, "train.micro_batch": 1, "train.global_batch": 8})
+    events: list[str] = []
+    types: set[torch.dtype] = set()
+    start, copies = Group._start, engine.mesh.group("replicate").ranks
+
+    def started(group: Group, collective: Any, *tensors: Tensor, **options: Any) -> Pending:
+        if group.ranks == copies and tensors[0].numel() in shares:
+            events.append("copies")
+            types.add(tensors[0].dtype)
+        return start(group, collective, *tensors, **options)
+
+    shares = {bucket.share for bucket in engine.flat.trained}
+    for number, block in engine.model.blocks.items():
+        for parameter in block.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, number=number: events.append(f"slope blocks.{number}"))
+    with mock.patch.object(Group, "_start", started):
+        one_step(engine)
+    return events, types, len(engine.flat.trained)
+
+
+@pytest.mark.parametrize("reduce", ["fp32", "bf16"])
+@pytest.mark.parametrize("shard", SHARDS[1:])
+def test_hybrid_sharding_sums_over_copies_while_backward_goes_on(shard: str, reduce: str) -> None:
+    """Once a step, in the type asked for; a block's sum has started when the block two before it begins."""
+    keys = {"parallel.shard": shard, "parallel.replicate": 2, "parallel.reduce": reduce, "train.precision": "bf16"}
+    for events, types, buckets in pool().run(copies_probe, 4, keys):
+        assert events.count("copies") == buckets
+        assert types == {torch.bfloat16 if reduce == "bf16" else torch.float32}
+        last = len(events) - events[::-1].index(f"slope blocks.{LAYERS - 1}")
+        assert "copies" not in events[: events.index("slope blocks.0")], "not in the first micro-batch"
+        for block in range(LAYERS - 2):
+            begun = events.index(f"slope blocks.{block}", last)
+            assert events[:begun].count("copies") >= LAYERS - 2 - block
+
+
 def gather_probe(rank: int, ranks: int) -> list[str]:
     """Events of one step with sharded parameters: gathers that start, units that run forward."""
     engine = engine_of(rank, ranks, {"parallel.shard": "parameters", "model.layers": LAYERS})

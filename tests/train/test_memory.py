@@ -42,7 +42,7 @@ batch = {"tokens": tokens, "targets": tokens.roll(-1, 1), "weights": torch.ones(
 batch = {name: tensor[engine.rows(2)] for name, tensor in batch.items()}
 for step in range(1, 4):
     tally, norm = engine.step(batch, step=step, number=step, lr=1e-3)
-print(repr((tally.loss(), norm)))
+print(repr((tally.loss(), float(norm))))
 """
 
 

@@ -17,6 +17,7 @@ from teratron.train import Trainer, metrics
 from teratron.train.metrics import Console, Metrics, duration
 
 STEP_KEYS = {"event", "terms", "step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second", "mfu", "time"}
+STEP_KEYS |= {"data", "communication"}
 
 
 class Terminal(io.StringIO):
@@ -56,7 +57,7 @@ def test_the_documented_keys_are_there(tmp_path: Path) -> None:
     assert all(event["terms"] == {"next_token": pytest.approx(event["loss"])} for event in steps)
     assert [event["tokens"] for event in steps] == [32 * n for n in range(1, 7)]
     for event in events(tmp_path / "run", "eval"):
-        assert event.keys() == {"event", "step", "loss", "perplexity", "terms", "time"}
+        assert event.keys() == {"event", "step", "loss", "perplexity", "terms", "seconds", "time"}
         assert event["perplexity"] == math.exp(event["loss"])
     assert (tmp_path / "run" / "report.html").read_text("utf-8").startswith("<!DOCTYPE html>")
 

@@ -14,7 +14,10 @@ import pytest
 
 from teratron.config import Config, UserError
 from teratron.train import tensorboard
-from teratron.train.report import compact, duration, read_history, smooth, write_report
+from teratron.train.history import read_history
+from teratron.train.report import write_report
+from teratron.train.report_curves import smooth
+from teratron.train.report_page import compact, duration
 
 START = {
     "event": "start",

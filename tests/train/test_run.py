@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,19 @@ def test_only_damaged_checkpoints_are_an_error_and_stay(text: Path, tmp_path: Pa
     assert len(os.listdir(tmp_path / "run" / "checkpoints")) == 2
 
 
-def test_checkpoints_without_a_config_are_not_trained_over(text: Path, tmp_path: Path) -> None:
-    train(tiny(text), tmp_path / "run")
-    (tmp_path / "run" / "config.toml").unlink()
-    with pytest.raises(UserError, match=r"has checkpoints but no config\.toml"):
-        train(tiny(text), tmp_path / "run")
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("")], ids=["deleted", "emptied"])
+def test_a_lost_config_is_that_of_the_newest_checkpoint(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object]
+) -> None:
+    """Other keys are refused still, and the config is there again."""
+    config = tmp_path / "run" / "config.toml"
+    train(tiny(text), config.parent)
+    damage(config)
+    with pytest.raises(UserError, match=r"holds a run with optim\.lr = 0\.01, now 0\.5"):
+        train(tiny(text, optim__lr=0.5), config.parent)
+    assert Trainer(None, config.parent, device="cpu").train().step == 6
+    assert capsys.readouterr().out.count("config.toml is missing or empty: made again from the newest checkpoint") == 1
+    assert Config.load(config) == tiny(text).override({"model.vocab_size": Config.load(config).model.vocab_size})
 
 
 def test_two_processes_in_one_folder_are_refused(text: Path, tmp_path: Path) -> None:

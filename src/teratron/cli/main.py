@@ -25,6 +25,7 @@ VERBS = {
     "data": "teratron.cli.data",
     "train": "teratron.cli.train",
     "generate": "teratron.cli.generate",
+    "watch": "teratron.cli.watch",
     "inspect": "teratron.cli.inspect",
     "convert": "teratron.cli.convert",
 }
@@ -43,11 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when torch loads. Threads that spin for long collapse when other programs use the cores: see docs/decisions.md.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "TERATRON_LAUNCHER" in os.environ:  # by name: every other command starts without this room
-        from teratron.parallel.worker import launched, supervised
+    if argv is not None or os.environ.keys().isdisjoint({"RANK", "SLURM_STEP_ID"}):  # by name: this room would load torch
+        return _run_telling(arguments)
+    from teratron.parallel.worker import launched, supervised
 
-        if launched():
-            return supervised(lambda: _run_refusing(arguments))
+    return supervised(lambda: (_run_refusing if launched() else _run_telling)(arguments))
+
+
+def _run_telling(arguments: list[str]) -> int:
+    """Run a command line; a `UserError` becomes a line on stderr."""
     try:
         return _run_refusing(arguments)
     except UserError as error:

@@ -32,12 +32,25 @@ class Parser(argparse.ArgumentParser):
         """Leaves nothing over: a subcommand's parser too refuses here, where its own options are known."""
         namespace, rest = super().parse_known_args(args, namespace)
         if rest:
-            option = next((argument for argument in rest if argument.startswith("-")), None)
-            if option is None:
-                self.error(f"unexpected argument '{rest[0]}'")
+            option = next((argument for argument in rest if argument.startswith("-") and argument != "-"), None)
+            if option is None or rest[0] == "--":
+                self._take_late(namespace, rest)
+                return namespace, []
             known = [*self._option_string_actions, *(f"--{name}" for name in key_names() if self.with_keys)]
             self.error(f"unknown option '{option}'{nearest(option, known)}")
         return namespace, rest
+
+    def _take_late(self, namespace: argparse.Namespace, rest: list[str]) -> None:
+        """Arguments behind options, which argparse by itself gives to no positional that may be missing."""
+        missing = (a for a in self._get_positional_actions() if a.nargs == "?" and getattr(namespace, a.dest) is a.default)
+        for argument in rest[rest[0] == "--" :]:
+            action = next(missing, None)
+            if action is None:
+                self.error(f"unexpected argument '{argument}'")
+            try:
+                setattr(namespace, action.dest, self._get_value(action, argument))
+            except argparse.ArgumentError as error:
+                self.error(str(error))
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         # What a shell makes of an unset variable; as a path it would silently be the current folder.

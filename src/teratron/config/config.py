@@ -30,12 +30,15 @@ FREE_ON_RESUME = (
     "parallel.",
     "checkpoint.",
     "train.steps",
+    "train.stop_after",
     "train.eval_every",
     "train.eval_batches",
     "train.micro_batch",
     "train.recompute",
     "train.recompute_every",
     "train.compile",
+    "train.on_bad_numbers",
+    "train.verify_every",
     "data.workers",
 )
 """What may differ when a run goes on (contract C13); everything else decides the numbers."""
@@ -58,6 +61,12 @@ class Config:
         optim, steps = self.optim, self.train.steps
         if self.objective.name == "next_token" and self.model.family != "gpt":
             raise UserError(f"objective.name = next_token learns a decoder, model.family is {self.model.family}: choose model.family gpt")
+        if self.train.spike_zscore and (self.checkpoint.every == 0 or self.checkpoint.keep == 1):
+            name = "every" if self.checkpoint.every == 0 else "keep"
+            raise UserError(
+                f"train.spike_zscore = {self.train.spike_zscore} goes back to an earlier checkpoint, of which checkpoint.{name} = "
+                f"{getattr(self.checkpoint, name)} leaves none: raise checkpoint.{name}, or leave train.spike_zscore out"
+            )
         if optim.schedule != "constant" and optim.warmup_steps > steps:
             raise UserError(f"optim.warmup_steps = {optim.warmup_steps} exceeds train.steps = {steps}: lower the first")
         if optim.schedule in ("cosine", "linear") and 0 < optim.decay_steps < optim.warmup_steps:

@@ -250,8 +250,8 @@ class OptimConfig(Section):
 
     section: ClassVar[str] = "optim"
 
-    name: Literal["adamw"] = key("adamw")
-    """Optimizer: adamw = Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+    name: Literal["adamw", "adam", "sgd", "lion"] = key("adamw")
+    """Optimizer: adamw = Adam with decoupled weight decay; adam and sgd add the decay to the gradient (L2); lion."""
     lr: float = key(3e-4, at_least(0))
     """Highest learning rate."""
     min_lr: float = key(0.0, at_least(0))
@@ -263,9 +263,11 @@ class OptimConfig(Section):
     decay_steps: int = key(0, at_least(0))
     """Step at which cosine and linear reach min_lr (0 = train.steps); for wsd the length of the last decay (0 = a fifth of train.steps)."""
     weight_decay: float = key(0.1, at_least(0))
-    """Decoupled weight decay; biases and norms are never decayed."""
+    """Weight decay, with adam and sgd as L2, else decoupled; biases and norms are never decayed."""
     beta1: float = key(0.9, between(0, 1))
-    """Decay rate of the first moment."""
+    """Decay rate of the first moment; the momentum of sgd."""
+    nesterov: bool = key(True)
+    """Look ahead along the momentum of sgd."""
     beta2: float = key(0.95, between(0, 1))
     """Decay rate of the second moment."""
     eps: float = key(1e-8, above(0))

@@ -7,8 +7,9 @@ Balance, capacity and statistics are those of a sequence, never of a micro-batch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -215,13 +216,22 @@ class Experts(Leaf):
         """Experts here."""
         return self.up.shape[0]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes of groups are data: it would be compiled anew for each
     def forward(self, x_RH: Tensor, ends_E: Tensor) -> Tensor:
         """Each group of rows through its expert; `ends` int32, see `Places`. Rows behind the last group are undefined."""
-        product = grouped_product if x_RH.is_cuda and x_RH.dtype == torch.bfloat16 else looped_product
-        up_RF = product(x_RH, self.up, ends_E)
+        if x_RH.is_cuda and x_RH.dtype == torch.bfloat16:
+            product: Callable[[Tensor, Tensor], Tensor] = partial(grouped_product, ends_E=ends_E)
+        else:
+            product = partial(looped_product, ends=self.read_ends(ends_E, len(x_RH)))
+        up_RF = product(x_RH, self.up)
         if self.gate is None:
-            return product(activate(up_RF, self.activation), self.down, ends_E)
-        return product(gated(product(x_RH, self.gate, ends_E), up_RF, self.activation), self.down, ends_E)
+            return product(activate(up_RF, self.activation), self.down)
+        return product(gated(product(x_RH, self.gate), up_RF, self.activation), self.down)
+
+    def read_ends(self, ends_E: Tensor, rows: int) -> list[int]:
+        """The ends on the host, for a loop over `rows` rows. A dry run, which has no numbers, puts an estimate in place of this."""
+        ends: list[int] = ends_E.tolist()
+        return ends
 
     def leaf_parts(self) -> Iterator[Part]:
         for name, weight in (("gate", self.gate), ("up", self.up), ("down", self.down)):
@@ -229,9 +239,8 @@ class Experts(Leaf):
                 yield Part(f".{name}.weight", name, 0, tuple(weight.shape), self.down_std if name == "down" else self.std)
 
 
-def looped_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+def looped_product(x_RI: Tensor, weight_EOI: Tensor, ends: Sequence[int]) -> Tensor:
     """Each group of rows times its expert's matrix, one after the other; zeros behind the last group. Returns [R, O]."""
-    ends: list[int] = ends_E.tolist()
     # unbind, because each index of its own would have a gradient as large as all experts together
     pieces = [x_RI[start:end] @ w.t() for start, end, w in zip([0, *ends], ends, weight_EOI.unbind(), strict=False)]
     return torch.cat([*pieces, x_RI.new_zeros(x_RI.shape[0] - ends[-1], weight_EOI.shape[1])])
@@ -268,7 +277,7 @@ def balance_loss(scores_BSE: Tensor, whole_BE: Tensor, choices: int, real_BS: Te
     return (whole_BE.shape[1] * whole_BE / (choices * tokens_B1) * means_BE).sum()
 
 
-def balance(model: nn.Module, loads: Mapping[str, Tensor], rate: float) -> None:
+def balance(model: nn.Module, loads: Mapping[str, Tensor], rate: float | Tensor) -> None:
     """After an optimizer step: a router's bias of experts chosen more often than the mean falls by `rate`, of others it rises.
 
     Loss-free balancing (Wang et al. 2024). Args: loads: each router's path and the whole global batch's choices [E].
@@ -277,7 +286,7 @@ def balance(model: nn.Module, loads: Mapping[str, Tensor], rate: float) -> None:
         bias = model.get_submodule(path).bias
         if isinstance(bias, Tensor):
             with torch.no_grad():
-                bias.add_((load_E.mean(dtype=torch.float64) - load_E).sign().to(bias.dtype), alpha=rate)
+                bias += (load_E.mean(dtype=torch.float64) - load_E).sign().to(bias.dtype) * rate
 
 
 def _sum_real(values: Tensor, real_BS: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ class Term:
 
     name: str
     sum: Tensor
-    weight: float = 1.0
+    weight: float | Tensor = 1.0
 
 
 def total_loss(terms: Iterable[Term], counts: Mapping[str, Tensor]) -> Tensor:

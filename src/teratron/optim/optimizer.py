@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -11,12 +11,35 @@ from torch import Tensor
 
 from teratron.config import OptimConfig
 from teratron.models import initial_values
+from teratron.optim.groups import treatment_of
+from teratron.optim.matrices import square
 from teratron.parallel.boxes import Piece
-from teratron.parallel.buckets import Bucket
+from teratron.parallel.buckets import Bucket, merged
 from teratron.parallel.flat import FlatModel
 
-ROW = 1024
-"""Elements whose squares are summed in their own type before float64 takes over."""
+CACHED = 2**16
+"""Elements that stay in a CPU's cache while several operations pass over them."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is known of an update; the tensors are scalars on the device, which the host never reads."""
+
+    number: int
+    """From 1; updates that were skipped do not count."""
+    lr: float
+    scale: Tensor
+    """float64: gradients are to be divided by it; the loss scale and clipping together."""
+    skip: Tensor
+    """float32: 1 where nothing is to change, as the gradients are not finite; else 0."""
+
+    def clean(self, gradient: Tensor) -> None:
+        """Divide a gradient in place; zeros where nothing is to change."""
+        gradient.div_(self.scale).masked_fill_(self.skip.bool(), 0.0)
+
+    def gain(self, factor: float, like: Tensor) -> Tensor:
+        """A factor as a scalar of another tensor's type, 0 where nothing is to change."""
+        return factor * (1 - self.skip).to(like.dtype)
 
 
 class Optimizer:
@@ -30,24 +53,29 @@ class Optimizer:
     def __init__(self, flat: FlatModel, config: OptimConfig) -> None:
         self.flat, self.config = flat, config
         self.state = {name: [torch.zeros_like(bucket.master) for bucket in flat.trained] for name in self.states}
+        self.alike = {bucket: merged((at, treatment_of(part, config)) for part, _, at in bucket.owned()) for bucket in flat.trained}
+        """The ranges of each owned slice, relative to it, whose parts are treated alike."""
 
-    def update(self, bucket: Bucket, state: dict[str, Tensor], number: int, lr: float) -> None:
-        """Change a bucket's master by its gradient, as the number-th update (from 1)."""
+    def update(self, bucket: Bucket, state: dict[str, Tensor], how: Update) -> None:
+        """Change a bucket's master by its gradient, which may be overwritten."""
         raise NotImplementedError
 
-    def step(self, number: int, lr: float, loss_scale: float = 1.0) -> float:
-        """Clip, update, publish, clear the gradients; returns the norm before clipping, the same on every rank.
+    def advance(self, how: Update) -> None:
+        """Change all masters: bucket by bucket, where one needs to know nothing of another."""
+        for place, bucket in enumerate(self.flat.trained):
+            self.update(bucket, {name: flats[place] for name, flats in self.state.items()}, how)
 
-        The gradients are those of loss_scale * loss. With a norm that is not finite nothing changes but the gradients are cleared.
+    def step(self, number: int, lr: float, loss_scale: float = 1.0) -> Tensor:
+        """Clip, update, publish, clear the gradients; returns the norm before clipping, a float64 scalar, the same on every rank.
+
+        The gradients are those of loss_scale * loss. With a norm that is not finite nothing changes but the gradients are cleared. The
+        device decides that: the host waits for nothing here.
         """
         norm = global_norm(self.flat) / loss_scale
-        if math.isfinite(norm):
-            clip = min(1.0, self.config.clip / (norm + 1e-6)) if self.config.clip else 1.0
-            for place, bucket in enumerate(self.flat.trained):
-                if clip != loss_scale:
-                    bucket.gradient *= clip / loss_scale
-                self.update(bucket, {name: flats[place] for name, flats in self.state.items()}, number, lr)
-            self.flat.publish()
+        excess = (norm + 1e-6) / self.config.clip if self.config.clip else torch.ones_like(norm)
+        how = Update(number, lr, loss_scale * excess.clamp(min=1.0), (~norm.isfinite()).to(torch.float32))
+        self.advance(how)
+        self.flat.publish()
         self.flat.clear()
         return norm
 
@@ -75,18 +103,18 @@ class Optimizer:
         self.flat.publish()
 
 
-def global_norm(flat: FlatModel) -> float:
-    """The 2-norm of all gradients together, each element counted once over all ranks; the same on every rank."""
+def global_norm(flat: FlatModel) -> Tensor:
+    """The 2-norm of all gradients together, each element counted once over all ranks; a float64 scalar, the same on every rank."""
     ranges = [(b, place, held * b.sharding.copies.size) for b in flat.trained for place, held in b.norm_ranges()]
-    squares = [_square(bucket.gradient[place]) / copies for bucket, place, copies in ranges]
+    squares = [square(bucket.gradient[place]) / copies for bucket, place, copies in ranges]
     device = flat.buckets[0].master.device
     total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
     flat.mesh.all.sum(total).wait()
-    return math.sqrt(float(total)) if float(total) >= 0 else math.nan
+    return total.sqrt()
 
 
-def _square(flat: Tensor) -> Tensor:
-    """Row by row, then the rows in float64: PyTorch's own float32 sum of 10^8 squares is off by 0.5 %, and differs with any cut."""
-    whole = flat.numel() // ROW * ROW
-    rows = torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1).double()
-    return rows.square().sum() + flat[whole:].double().square().sum()
+def cached(place: slice, device: torch.device) -> Iterator[slice]:
+    """A range as pieces over which several operations pass while they stay in the cache; whole on devices other than a CPU."""
+    size = CACHED if device.type == "cpu" else max(1, place.stop - place.start)
+    for start in range(place.start, place.stop, size):
+        yield slice(start, min(start + size, place.stop))

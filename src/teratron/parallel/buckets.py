@@ -6,8 +6,9 @@ rank owns an equal slice of every bucket, and keeps of the rest what `parallel.s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from teratron.models.leaves import accurate
 from teratron.parallel.boxes import Box, Piece, boxes_of
 from teratron.parallel.mesh import Group
 
+T = TypeVar("T")
 SLICE = 2**20
 """Elements added at once where types differ: PyTorch converts the whole operand first, which then stays in the cache."""
 
@@ -76,7 +78,6 @@ class Bucket:
         for name in sorted(parameters, key=lambda name: not decays(parameters[name])):
             self.places[name] = (size, parameters[name].shape)
             size += parameters[name].numel()
-        self.decay_stop = sum(p.numel() for p in parameters.values() if decays(p))
         self.share = -(-size // self.owners.size)
         self.own = slice(self.owners.rank * self.share, (self.owners.rank + 1) * self.share)
         self.spans = [self._span(part) for part in parts if part.parameter in self.places]
@@ -129,11 +130,15 @@ class Bucket:
                 total += part
             self.backward.zero_()
 
-    def decay_ranges(self) -> list[tuple[slice, bool]]:
-        """The owned slice's ranges, relative to it, and whether they decay; empty ones are left out."""
-        border = min(max(self.decay_stop - self.own.start, 0), self.share)
-        ranges = [(slice(0, border), True), (slice(border, self.share), False)]
-        return [(part, decayed) for part, decayed in ranges if part.start < part.stop]
+    @property
+    def hybrid(self) -> bool:
+        """Whether owned slices have copies, over which their gradients are summed as well."""
+        return self.owners.size > 1 and self.sharding.copies.size > 1
+
+    def wired(self, gradient: Tensor) -> Tensor:
+        """A gradient in the type in which it travels."""
+        half = accurate(self.weights.dtype) != self.weights.dtype
+        return gradient.to(self.sharding.wire) if half and self.sharding.wire is not None else gradient
 
     def owned(self) -> Iterator[tuple[Part, tuple[Box, ...], slice]]:
         """What is owned here of each part: its boxes, and their place in the owned slice."""
@@ -151,11 +156,11 @@ class Bucket:
     def norm_ranges(self) -> list[tuple[slice, int]]:
         """The owned slice's ranges, relative to it, and how many ranks hold the same elements of a model."""
         ranges = [(place, part.copies * part.holders) for part, _, place in self.owned()]
-        return _merged(sorted(ranges, key=lambda found: found[0].start))
+        return merged(ranges)
 
     def partial_ranges(self) -> dict[int, list[slice]]:
         """Ranges of the whole bucket of whose gradient each of so many neighbouring tensor ranks has a share."""
-        found = _merged([(slice(span.start, span.stop), span.part.copies) for span in self.spans if span.part.partial])
+        found = merged([(slice(span.start, span.stop), span.part.copies) for span in self.spans if span.part.partial])
         return {copies: [place for place, n in found if n == copies] for copies in sorted({n for _, n in found})}
 
 
@@ -178,12 +183,12 @@ def is_released(flat: Tensor) -> bool:
     return flat.untyped_storage().size() == 0 and flat.numel() > 0
 
 
-def _merged(ranges: list[tuple[slice, int]]) -> list[tuple[slice, int]]:
-    """Ranges that touch and have the same number become one."""
-    merged: list[tuple[slice, int]] = []
-    for place, number in sorted(ranges, key=lambda found: found[0].start):
-        if merged and merged[-1][1] == number and merged[-1][0].stop == place.start:
-            merged[-1] = (slice(merged[-1][0].start, place.stop), number)
+def merged(ranges: Iterable[tuple[slice, T]]) -> list[tuple[slice, T]]:
+    """Ranges that touch and have the same mark become one; in their order."""
+    found: list[tuple[slice, T]] = []
+    for place, mark in sorted(ranges, key=lambda each: each[0].start):
+        if found and found[-1][1] == mark and found[-1][0].stop == place.start:
+            found[-1] = (slice(found[-1][0].start, place.stop), mark)
         else:
-            merged.append((place, number))
-    return merged
+            found.append((place, mark))
+    return found

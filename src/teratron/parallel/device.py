@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from teratron.config import UserError
+from teratron.parallel.worker import Worker
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 """`train.precision` -> type of weights and activations."""
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` = CUDA if there is any, else the CPU. Of several CUDA devices this process takes the local_rank-th.
+def choose_device(name: str, worker: Worker | None = None) -> torch.device:
+    """`auto` = CUDA if there is any, else the CPU. Each worker of a machine gets a CUDA device of its own; None = a single process.
 
     Raises `UserError` for a CUDA device that is not there.
     """
@@ -22,8 +25,15 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise UserError("--device cuda: no CUDA device is visible to PyTorch; use --device cpu, or check nvidia-smi and the PyTorch build")
     if name == "cpu" or not count:
         return torch.device("cpu")
-    if local_rank >= count:
-        raise UserError(
-            f"--device {name}: {local_rank + 1} processes here, {count} CUDA devices: start {count} at most, or choose --device cpu"
-        )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", _cuda_index(worker, count) if worker is not None else 0)
+
+
+def _cuda_index(worker: Worker, devices: int) -> int:
+    if devices >= worker.local_world:
+        return worker.local_rank
+    if devices == 1 and "LOCAL_RANK" not in os.environ:
+        return 0  # srun --gpus-per-task 1 shows each task its own only
+    raise UserError(
+        f"{worker.local_world} processes on a machine with {devices} CUDA device{'s' * (devices != 1)}: expected a device for each; "
+        f"start {devices} at most, such as --nproc {devices}, or choose --device cpu"
+    )

@@ -68,15 +68,19 @@ class ExpertDispatch(Dispatch):
         sizes = place.ends_E.long().diff(prepend=place.ends_E.new_zeros(1).long())
         arriving = torch.empty_like(sizes)
         self.group.exchange(arriving, sizes).wait()  # [from rank, local expert]
-        sent, came = sizes.view(ranks, count).sum(1).tolist(), arriving.view(ranks, count).sum(1).tolist()
+        sent, came = self.read_shares(sizes.view(ranks, count).sum(1), arriving.view(ranks, count).sum(1), len(rows_RH))
         received = _RowExchange.apply(rows_RH[: sum(sent)], self.group, sent, came)
-        numbers = torch.arange(count, device=sizes.device).repeat(ranks).repeat_interleave(arriving)
+        numbers = torch.arange(count, device=sizes.device).repeat(ranks).repeat_interleave(arriving, output_size=sum(came))
         order = numbers.sort(stable=True).indices
         ends = arriving.view(ranks, count).sum(0).cumsum(0).int()
         computed = experts(received[order], ends)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         returned = _RowExchange.apply(computed[back], self.group, came, sent)
         return torch.cat([returned, rows_RH.new_zeros(len(rows_RH) - len(returned), returned.shape[1])])
+
+    def read_shares(self, sent: Tensor, came: Tensor, rows: int) -> tuple[list[int], list[int]]:
+        """How many of `rows` rows go to each rank, and how many come, on the host. A dry run puts an estimate in place of this."""
+        return sent.tolist(), came.tolist()
 
     def total(self, experts: Experts) -> int:
         return experts.count * self.group.size
@@ -106,7 +110,8 @@ def apply_experts(model: nn.Module, mesh: Mesh, parallel: ParallelConfig) -> Non
     group = mesh.experts(parallel.expert, parallel.sequence)
     for mixture in (module for module in model.modules() if isinstance(module, MoE)):
         if mesh.context.size > 1 or parallel.sequence:
-            mixture.router = SequenceRouter(mixture.router, mesh, parallel).to(mixture.router.weight.dtype)
+            with torch.device("meta"):
+                mixture.router = SequenceRouter(mixture.router, mesh, parallel).to(mixture.router.weight.dtype)
         if group.size > 1:
             mixture.dispatch = ExpertDispatch(group)
         _cut_experts(mixture.experts, group, 1 if parallel.sequence else mesh.tensor.size, mesh.tensor.rank)

@@ -49,9 +49,13 @@ class FlatModel:
         self._units = {stage: model.units() for stage, model in stages.stages().items()}
         self._make_buckets(torch.device(device))
         self._gathers: dict[Bucket, Pending] = {}
-        self._reductions: deque[tuple[Bucket, Tensor, Tensor, Pending]] = deque()
+        self._reductions: deque[tuple[Bucket, Tensor, Tensor, Pending, bool]] = deque()
+        self._copies: list[tuple[Bucket, Tensor, Pending]] = []
+        """Sums over the copies of owned slices, which follow the last reduction of a bucket."""
         self._missing: dict[Bucket, int] = {}
         self._last, self._split = True, False
+        self.watch: Callable[[Bucket, Tensor], None] | None = None
+        """Is told of each whole gradient of this rank alone, before it is reduced."""
         # Made by all ranks together, here: a stage may hold no attention whose key/value heads are shared.
         mesh.neighbours("tensor", max(1, mesh.tensor.size // stages.config.key_value_heads))
         self._watch()
@@ -210,9 +214,10 @@ class FlatModel:
             if bucket.trained:
                 self._send(bucket, bucket.total)
         self._drain()
-        hybrid = [bucket for bucket in self.trained if bucket.owners.size > 1]
-        for pending in [bucket.sharding.copies.sum(bucket.gradient) for bucket in hybrid]:
+        for bucket, summed, pending in self._copies:
             pending.wait()
+            bucket.gradient.copy_(summed)
+        self._copies.clear()
         # Last, so that the table stays the same bit for bit in all stages: sums over data ranks may round differently in each.
         for pending in [self.tied.sum(bucket.gradient) for bucket in self._tied if bucket.trained]:
             pending.wait()
@@ -244,28 +249,31 @@ class FlatModel:
             if is_released(bucket.backward):  # not one of its parameters was used
                 restore(bucket.backward)
                 bucket.backward.zero_()
-            if self._reductions:
-                self._collect()
             self._send(bucket, bucket.backward)
         if not bucket.sharding.keep_weights:
             release(bucket.weights)
 
     def _send(self, bucket: Bucket, gradient: Tensor) -> None:
-        """Start the sum over the data ranks, after that over tensor ranks which have a share of a gradient each."""
-        exact = accurate(gradient.dtype)
-        half = accurate(bucket.weights.dtype) != bucket.weights.dtype
-        sent = gradient.to(exact)
+        """Start the sum over the data ranks, after that over tensor ranks which have a share of a gradient each.
+
+        The reduction before is finished first where that frees its whole gradient, or lets the sum over its copies begin.
+        """
+        if self._reductions and (bucket.hybrid or not bucket.sharding.keep_gradients):
+            self._collect()
+        if self.watch is not None:
+            self.watch(bucket, gradient)
+        sent = gradient.to(accurate(gradient.dtype))
         for copies, ranges in bucket.partial_ranges().items():
             self._sum_shares(sent, self.mesh.neighbours("tensor", copies), ranges)
-        if half and bucket.sharding.wire is not None:
-            sent = sent.to(bucket.sharding.wire)
+        sent = bucket.wired(sent)
         if bucket.owners.size > 1:
             summed = sent.new_empty(bucket.share)
             pending = bucket.owners.scatter_sum(summed, sent)
         else:
             summed = sent
             pending = bucket.sharding.copies.sum(sent)
-        self._reductions.append((bucket, sent, summed, pending))  # what is sent stays alive until it has arrived
+        last = self._last or bucket.sharding.keep_gradients
+        self._reductions.append((bucket, sent, summed, pending, last))  # what is sent stays alive until it has arrived
 
     def _sum_shares(self, gradient: Tensor, group: Group, ranges: list[slice]) -> None:
         if group.size == 1 or not ranges:
@@ -277,14 +285,17 @@ class FlatModel:
 
     def _collect(self) -> None:
         """Finish the oldest reduction."""
-        bucket, _, summed, pending = self._reductions.popleft()
+        bucket, _, summed, pending, last = self._reductions.popleft()
         pending.wait()
         if bucket.sharding.keep_gradients:
-            if summed.data_ptr() != bucket.gradient.data_ptr():
+            if summed is not bucket.total:  # of which the gradient is a view
                 bucket.gradient.copy_(summed)
         else:
             bucket.gradient += summed
             release(bucket.backward)
+        if bucket.hybrid and last:
+            summed = bucket.wired(bucket.gradient)
+            self._copies.append((bucket, summed, bucket.sharding.copies.sum(summed)))
 
     def clear(self) -> None:
         """Zero gradients for the next step."""

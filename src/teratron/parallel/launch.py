@@ -16,8 +16,24 @@ from types import FrameType
 from typing import Any
 
 from teratron.config import UserError
-from teratron.parallel.doing import read_doing
-from teratron.parallel.worker import DEFECT, INTERRUPTED, LAUNCHER, LOCALHOST, LOST, STALLED, STOPPED, USER, Record
+from teratron.parallel.hangs import Watchdog, account, differences, kill, leads_session, workers
+from teratron.parallel.restart import Care, End, Restarts
+from teratron.parallel.worker import (
+    DEFECT,
+    ENDING,
+    INTERRUPTED,
+    LAUNCHER,
+    LOCALHOST,
+    LOST,
+    RESTARTS,
+    STALLED,
+    STOP,
+    STOPPED,
+    USER,
+    Record,
+    answer,
+    stops_at_once,
+)
 
 READER_GONE = 141
 """Exit code of a worker whose standard output nobody reads any more: no error to tell."""
@@ -27,37 +43,65 @@ STUCK = 4.0
 """Seconds that a worker has to end after SIGTERM."""
 
 
-def launch(nproc: int, command: Sequence[str]) -> int:
+def launch(nproc: int, command: Sequence[str], care: Care | None = None, run: Path | None = None) -> int:
     """Start `nproc` workers of `python *command` on this machine through torch elastic, and wait until all have ended.
 
-    The first death ends all, at once and without saving. SIGINT or SIGTERM asks the workers to save and stop; where none listens
+    The first death ends all, at once and without saving. A signal of `ENDING` asks the workers to save and stop; where none listens
     (`stop_requested`), and the second time, they are ended. What is to be said, the first dead rank's own error, goes to stderr.
 
-    Returns the exit code: 0; 2 after a `UserError`; 130 when stopped by a signal; 1 after any other death. Raises `UserError` for an
-    `nproc` below 1. Call it in the main thread.
+    Args: care: whether they are started again then, and when they hang. run: the folder that gets the stacks of those that hang.
+    Returns the exit code: 0; 2 after a `UserError`; 130 or 75 (`ENDING`) when stopped by a signal; 1 after any other death. Raises
+    `UserError` for an `nproc` below 1. Call it in the main thread.
     """
     if nproc < 1:
         raise UserError(f"--nproc {nproc}: expected the number of processes to start on this machine, 1 or more")
+    care = care or Care()
+    restarts, untold = Restarts(nproc, care), list[dict[str, Any]]()
+    try:
+        while True:
+            _tell(restarts.fit())
+            end = _attempt(restarts.nproc, command, care.hang_timeout, run, untold)
+            _tell(end.message)
+            again, line = restarts.after(end)
+            _tell(line)
+            if not again:
+                return end.code
+            untold.append({"time": end.time, "rank": end.rank, "cause": end.cause})
+    except KeyboardInterrupt:
+        _tell("teratron: interrupted")
+        return INTERRUPTED
+
+
+def _tell(line: str) -> None:
+    if line:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _attempt(nproc: int, command: Sequence[str], hang_timeout: float, run: Path | None, untold: list[dict[str, Any]]) -> End:
+    """Run the job once. untold: restarts of which the run is to take note; those that it did are taken from the list."""
     with tempfile.TemporaryDirectory(prefix="teratron-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        try:
-            with _environment(folder, nproc), _Signals(folder):
-                failures = _run_workers(nproc, command)
-        except KeyboardInterrupt:
-            print("teratron: interrupted", file=sys.stderr)
-            return INTERRUPTED
+        if untold:
+            (folder / RESTARTS).write_text(json.dumps(untold), "utf-8")
+        with _environment(folder, nproc), _Signals(folder), Watchdog(folder, nproc, hang_timeout, run) as watchdog:
+            failures = _run_workers(nproc, command)
+        if not (folder / RESTARTS).exists():
+            untold.clear()
         records = {record.rank: record for record in _records(folder)}
+        beats = watchdog.beats()
+        traces = {"trained": any(beat.step for beat in beats), "stopping": (folder / STOP).exists()}
         hung = {int(path.name.removeprefix(HUNG)) for path in folder.glob(f"{HUNG}*")}
-        doing = [read_doing(folder / f"doing-{rank}") for rank in range(nproc)]
     if not failures:
-        return INTERRUPTED if any(record.kind == STOPPED for record in records.values()) else 0
+        return End(max((int(record.sentence) for record in records.values() if record.kind == STOPPED), default=0))
+    if watchdog.verdict:
+        return End(1, watchdog.verdict, watchdog.blamed, **traces)
     message, code = _verdict(nproc, failures, records, hung)
     blamed = _blamed(failures, records)
     if blamed in hung or (blamed in records and records[blamed].kind == STALLED):
-        message += "".join(f"\n  rank {rank}: {what or 'between steps'}" for rank, what in enumerate(doing))
-    if message:
-        print(message, file=sys.stderr)
-    return code
+        message += f"\n{account(beats)}"
+    elif mismatched := differences(beats, certain=True):
+        message += "\n" + "\n".join(mismatched)
+    return End(code, message, blamed, **traces)
 
 
 def own_command(arguments: Sequence[str]) -> list[str]:
@@ -121,18 +165,19 @@ def _environment(folder: Path, nproc: int) -> Iterator[None]:
 class _Signals:
     """The launcher's signal handlers, as a context.
 
-    The first SIGINT or SIGTERM asks the workers to save and stop; where none listens, and the second time, it raises KeyboardInterrupt.
+    The first signal of `ENDING` asks the workers to save and stop; where none listens, and when it `stops_at_once`, it raises
+    KeyboardInterrupt.
     `STUCK` seconds after a worker has failed, those that SIGTERM has not ended (stopped by a debugger, hung in a driver) are killed;
     elastic would give them half a minute.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._ending = folder, False
+        self._folder, self._ending, self._first = folder, False, 0
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> None:
         handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]
-        handlers = {signal.SIGINT: self._ask, signal.SIGTERM: self._ask, signal.SIGCHLD: self._wait, signal.SIGALRM: self._kill}
+        handlers = {**dict.fromkeys(ENDING, self._ask), signal.SIGCHLD: self._wait, signal.SIGALRM: self._kill}
         self._former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
     def __exit__(self, *exception: object) -> None:
@@ -141,34 +186,28 @@ class _Signals:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        stop = self._folder / "stop"
-        if stop.exists() or not any(self._folder.glob("listening-*")):
+        if not any(self._folder.glob("listening-*")) or (self._first and stops_at_once(self._first, number)):
             self._ending = True
             self._wait()
             raise KeyboardInterrupt
-        stop.touch()
-        os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving (again = stop at once)\n".encode())
+        if not self._first:
+            self._first = number
+            draft = self._folder / "draft-stop"
+            draft.write_text(str(ENDING[signal.Signals(number)]))
+            draft.replace(self._folder / STOP)
+            os.write(2, answer(number))
 
     def _wait(self, *signal_and_frame: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, STUCK)
 
     def _kill(self, *signal_and_frame: object) -> None:
         """What a worker writes at its start, it removes at an orderly end: what is left of a gone one means that it failed."""
-        workers = [tuple(map(int, path.name.split("-")[1:])) for path in self._folder.glob("process-*")]
-        running = [(rank, worker) for rank, worker in workers if _leads_session(worker)]
-        if self._ending or len(running) < len(workers):
-            for rank, worker in running:
+        begun = workers(self._folder)
+        running = {rank: process for rank, process in begun.items() if leads_session(process)}
+        if self._ending or len(running) < len(begun):
+            for rank in running:
                 (self._folder / f"{HUNG}{rank}").touch()
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(worker, signal.SIGKILL)
-
-
-def _leads_session(process: int) -> bool:
-    """Whether the process exists, and leads a session as every worker does."""
-    try:
-        return os.getsid(process) == process
-    except OSError:
-        return False
+            kill(running.values())
 
 
 def _records(folder: Path) -> list[Record]:
@@ -206,6 +245,8 @@ def _blamed(failures: Mapping[int, int], records: Mapping[int, Record]) -> int:
 
 
 def _death(code: int) -> str:
+    if code == INTERRUPTED:
+        return "was interrupted by SIGINT"
     if code >= 0:
         return f"exited with code {code}"
     with contextlib.suppress(ValueError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import faulthandler
 import json
 import os
 import re
@@ -15,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from teratron.config import UserError
 from teratron.parallel.doing import TIMEOUT, Doing, Stall
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
 
 LAUNCHER = "TERATRON_LAUNCHER"
 """Environment variable of the workers that `launch` starts: PID:FOLDER, the launcher's process and its private folder."""
-INTERRUPTED = 130
-"""Exit code of a run that was asked to stop, and saved."""
+INTERRUPTED, PREEMPTED = 130, 75
+"""Exit codes of a run that was asked to stop, and saved: by the user; by whoever wants the machine for a while (EX_TEMPFAIL)."""
+ENDING = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED, signal.SIGUSR1: PREEMPTED, signal.SIGUSR2: PREEMPTED}
+"""The signals that ask to save and stop, and the exit code that then says why."""
 LOCALHOST = "127.0.0.1"
 
 USER, DEFECT, STALLED, LOST, STOPPED = "user error", "defect", "waited in vain", "lost connection", "stopped"
@@ -34,6 +38,14 @@ USER, DEFECT, STALLED, LOST, STOPPED = "user error", "defect", "waited in vain",
 PATIENCE = {USER: 2.0, DEFECT: 0.5, STALLED: 0.5, LOST: 5.0}
 """Seconds that a failed worker stays, so that the launcher sees the dead first and all ranks can say the same."""
 LOST_CONNECTION = re.compile(r"gloo/|NCCL|[Cc]onnection (was likely )?(closed|reset|refused|aborted)|Broken pipe")
+
+
+STOP = "stop"
+"""File of the launcher's folder that asks to save and stop; holds the exit code."""
+RESTARTS = "restarts"
+"""File of the launcher's folder with what has made it start this run again, as long as the run has taken no note of it."""
+STACK, ASK_STACK = "stack-", signal.SIGUSR1
+"""File of the launcher's folder, with the rank behind, to which a worker adds its Python stacks, and the signal that asks for them."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +73,19 @@ def this_worker() -> Worker | None:
     """Which worker this process is, as `launch`, torchrun or srun says in its environment; None for a process on its own.
 
     Under srun with several tasks it also sets MASTER_ADDR and MASTER_PORT where they are unset. Raises `UserError` for variables that
-    are no numbers.
+    are no numbers, and for some of torchrun's without the others: alone, each of several processes would train a model of its own.
     """
-    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name not in os.environ]
+    if not missing:
         world = _number("WORLD_SIZE")
         _check_environment(_number("RANK"), world)
         local_world = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else world
         return Worker(_number("RANK"), world, _number("LOCAL_RANK"), local_world)
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1":
+        raise UserError(
+            f"environment variable RANK={os.environ['RANK']} is set, but {' and '.join(missing)} not: start with torchrun, which sets all "
+            "of them, or unset RANK"
+        )
     return _slurm_task()
 
 
@@ -108,28 +126,31 @@ def _number(name: str) -> int:
 
 
 def connect(worker: Worker, device: torch.device, timeout: timedelta = TIMEOUT) -> None:
-    """Join the other ranks: gloo for CPU tensors and, on a CUDA device, NCCL for CUDA tensors; choose this rank's CUDA device.
+    """Join the other ranks: gloo for CPU tensors and, on a CUDA device, NCCL for CUDA tensors.
 
-    Raises `UserError` when this machine has fewer CUDA devices than workers.
+    timeout: how long a collective over all ranks waits. Raises `UserError` when it is not said where they meet, or they do not.
     """
     import torch
     import torch.distributed as dist
 
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"environment variable {missing[0]} is not set, expected where the {worker.world} processes meet: start them with torchrun or "
+            "srun, or with --nproc on one machine"
+        )
     if device.type == "cuda":
-        torch.cuda.set_device(_cuda_index(worker, torch.cuda.device_count()))
+        torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=worker.rank, world_size=worker.world, timeout=timeout)
-
-
-def _cuda_index(worker: Worker, devices: int) -> int:
-    if devices >= worker.local_world:
-        return worker.local_rank
-    if devices == 1 and "LOCAL_RANK" not in os.environ:
-        return 0  # srun has given each task its own
-    raise UserError(
-        f"{worker.local_world} processes on a machine with {devices} CUDA device{'s' * (devices != 1)}: expected a device for each; "
-        f"start {max(devices, 1)} at most, such as --nproc {max(devices, 1)}, or choose --device cpu"
-    )
+    try:
+        dist.init_process_group(backend, rank=worker.rank, world_size=worker.world, timeout=timeout)
+    except (dist.DistError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"rank {worker.rank} of {worker.world} could not join the others at MASTER_ADDR:MASTER_PORT = {where}: {reason}; "
+            "check that all were started, and that this address reaches the first one"
+        ) from error
 
 
 def disconnect() -> None:
@@ -150,30 +171,65 @@ def telling() -> Doing:
     return Doing(_folder() / f"doing-{os.environ['RANK']}" if launched() else None)
 
 
-def supervised(body: Callable[[], int]) -> int:
-    """Run the whole of a process, and return its exit code. In a worker of `launch` (else this only calls `body`):
+def take_restarts() -> list[dict[str, Any]]:
+    """What has made the launcher start this run again: `time` in seconds since the epoch, `rank`, `cause`; each is handed out once."""
+    path = _folder() / RESTARTS if launched() else None
+    if path is None or not path.exists():
+        return []
+    found = json.loads(path.read_text("utf-8"))
+    path.unlink()
+    return found
 
-    it dies with the launcher, however that dies; an exception is told to the launcher; a failure ends the process without Python's
-    own exit, which would wait for threads that wait for other ranks; and code 130 becomes 0, since elastic would end the ranks that
-    are still saving.
+
+def supervised(body: Callable[[], int]) -> int:
+    """Run the whole of a process, and return its exit code; outside of a worker this only calls `body`.
+
+    A worker ends without Python's own exit: that waits for threads that may wait for other ranks, and aborts when a thread of a process
+    group lets go of a tensor meanwhile. A worker of `launch` also dies with the launcher, however that dies; an exception is told to
+    the launcher; and codes 130 and 75 become 0, since elastic would end the ranks that are still saving.
     """
     if not launched():
-        return body()
+        return _tell_oneself(body)
     _die_with_launcher()
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # meant for the launcher, but SLURM sends it and SIGUSR1 to every process
+    faulthandler.register(ASK_STACK, open(_folder() / f"{STACK}{os.environ['RANK']}", "ab"), all_threads=True)  # noqa: SIM115
     process = _folder() / f"process-{os.environ['RANK']}-{os.getpid()}"
     process.touch()
     try:
         code = body()
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    except (Exception, KeyboardInterrupt) as error:
+    except KeyboardInterrupt:
+        leave(INTERRUPTED)  # a signal to this worker alone, which asks for nothing
+    except Exception as error:
         _report(error)
-    if code == INTERRUPTED:
-        _write(STOPPED)
+    if code in ENDING.values():
+        _write(STOPPED, str(code))
     elif code:
-        _leave(code)
+        leave(code)
     process.unlink()
-    return 0
+    leave(0)
+
+
+def _tell_oneself(body: Callable[[], int]) -> int:
+    """`body` in a process that `launch` has not started; a worker of torchrun or srun does not return."""
+    try:
+        worker = this_worker()
+    except UserError:
+        return body()  # which says so, if it matters to it
+    if worker is None:
+        return body()
+    try:
+        code = body()
+    except Exception as error:
+        code = 1
+        if _kind(error) == STALLED:
+            print(f"teratron: error: rank {worker.rank} waited in vain: {error}", file=sys.stderr)
+        elif _kind(error) == LOST:
+            print(f"teratron: error: rank {worker.rank} lost the connection to another rank; its own error stands with it", file=sys.stderr)
+        else:
+            traceback.print_exception(error)
+    leave(code)
 
 
 def listen(on: bool) -> None:
@@ -182,9 +238,21 @@ def listen(on: bool) -> None:
     mark.touch() if on else mark.unlink(missing_ok=True)
 
 
-def stop_requested() -> bool:
-    """Whether the launcher has asked to save and stop; ranks may learn of it at different steps."""
-    return launched() and (_folder() / "stop").exists()
+def stop_requested() -> int:
+    """0, or the exit code with which the launcher has asked to save and stop; ranks may learn of it at different steps."""
+    stop = _folder() / STOP if launched() else None
+    return int(stop.read_text()) if stop is not None and stop.exists() else 0
+
+
+def answer(number: int) -> bytes:
+    """What is said to the first signal of `ENDING`."""
+    again = " (again = stop at once)" if number in (signal.SIGINT, signal.SIGTERM) else ""
+    return f"\n{signal.Signals(number).name}: finishing this step, then saving{again}\n".encode()
+
+
+def stops_at_once(first: int, number: int) -> bool:
+    """Whether a further signal of `ENDING` ends a run that is saving already: schedulers announce themselves with several."""
+    return number == signal.SIGINT or number == first == signal.SIGTERM
 
 
 def _folder() -> Path:
@@ -214,10 +282,13 @@ def _report(error: BaseException) -> NoReturn:
     end = time.monotonic() + PATIENCE[kind]
     while len(list(_folder().glob("rank-*.json"))) < int(os.environ["WORLD_SIZE"]) and time.monotonic() < end:
         time.sleep(0.05)
-    _leave(2 if kind == USER else 1)
+    leave(2 if kind == USER else 1)
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
+    """End the process at once; after an orderly end, what was to be done at exit is done."""
+    if code == 0:
+        atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

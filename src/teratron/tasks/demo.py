@@ -34,8 +34,9 @@ from teratron.train import Result, Trainer
 from teratron.train.commands import program
 from teratron.train.device import measure_peak, synchronize
 from teratron.train.engine import Engine
+from teratron.train.history import History, read_history
 from teratron.train.metrics import Metrics, duration
-from teratron.train.report import History, read_history, write_report
+from teratron.train.report import write_report
 
 MINUTES = 3.0
 VOCAB_SIZE = 4096

@@ -19,6 +19,8 @@ STYLE = """
 .chart .faint { stroke-width: 1; opacity: .36; } .chart .dots { stroke-width: 1.3; }
 .chart .hue-1 { stroke: var(--hue-1); } .chart .hue-2 { stroke: var(--hue-2); }
 .chart circle.hue-1 { fill: var(--hue-1); stroke: none; } .chart circle.hue-2 { fill: var(--hue-2); stroke: none; }
+.chart .mark.hue-1 { fill: var(--hue-1); stroke: none; } .chart .mark.hue-2 { fill: var(--hue-2); stroke: none; }
+.chart .mark.bar { opacity: .3; }
 .chart .tip { fill: currentColor; opacity: 0; } .chart .tip:hover { opacity: .08; }
 @media screen and (prefers-color-scheme: dark) { .chart { --hue-1: #74abf2; --hue-2: #f0965a; --rule: #98a1a9; } }
 """
@@ -50,6 +52,20 @@ class Rule:
     y: float
 
 
+@dataclass(frozen=True)
+class Lane:
+    """A row of marks beneath the curves, on their x axis, each with a tooltip; with `until` they are bars that end there."""
+
+    name: str
+    x: Sequence[float]
+    tips: Sequence[str]
+    until: Sequence[float] = ()
+    hue: Literal[1, 2] = 1
+
+
+LANE = 17
+"""Height of a lane."""
+
 Points = list[tuple[float, float]]
 """(x, y), y NaN where there is a gap."""
 
@@ -77,6 +93,7 @@ def line_chart(
     y_label: str,
     log_y: bool = False,
     rules: Sequence[Rule] = (),
+    lanes: Sequence[Lane] = (),
     from_zero: bool = False,
     width: int = 380,
     height: int = 240,
@@ -95,17 +112,18 @@ def line_chart(
     rules = [rule for rule in rules if math.isfinite(_clean(rule.y)) and (rule.y > 0 or not log_y)]
     known = [(x, y) for _, points in curves for x, y in points if math.isfinite(y)]
     head, top = _head(curves, rules, title, y_label, width)
-    bottom = height - 36
+    bottom = height - 36 - LANE * len(lanes)
     y_ticks, low, high = _y_axis([y for _, y in known] + [rule.y for rule in rules], log_y, from_zero, max(3, (bottom - top) // 45))
-    left = 10 + max(_width(label) for _, label in y_ticks)
+    left = 10 + max(_width(label) for label in [*(label for _, label in y_ticks), *(lane.name for lane in lanes)])
     y_scale = _Scale(low, high, bottom, top, log_y)
-    x_ticks, x_scale = _x_axis([x for x, _ in known], left, width - 8)
+    x_ticks, x_scale = _x_axis([x for x, _ in known] + [x for lane in lanes for x in (*lane.x, *lane.until)], left, width - 8)
     body = [
         *(_grid(y_scale(tick), label, left, width - 8) for tick, label in y_ticks),
         *_x_labels(x_ticks, x_scale, x_label, height, width),
         *(f'<line class="rule" x1="{left:.0f}" x2="{width - 8}" y1="{y_scale(r.y):.1f}" y2="{y_scale(r.y):.1f}"/>' for r in rules),
         *(_curve(one, points, x_scale, y_scale) for one, points in curves),
         *_tips(curves, x_scale, top, bottom, x_note or (lambda x: f"{x_label} {x:,g}")),
+        *(_lane(lane, x_scale, bottom + LANE * row) for row, lane in enumerate(lanes)),
     ]
     if not known:
         body.append(
@@ -290,6 +308,21 @@ def _curve(one: Series, points: Points, x_scale: _Scale, y_scale: _Scale) -> str
     dots = [place for run in runs for place in run if one.form == "dots" or len(run) == 1]
     circles = (f'<circle class="hue-{one.hue}" cx="{x}" cy="{y}" r="2.6"/>' for x, y in (place.split(",") for place in dots))
     return (f'<path class="{one.form} hue-{one.hue}" d="{path}"/>' if path else "") + "".join(circles)
+
+
+def _lane(lane: Lane, scale: _Scale, top: float) -> str:
+    """The name, and the marks, those at the same few pixels as one."""
+    places: dict[int, list[int]] = {}
+    for number, x in enumerate(lane.x):
+        places.setdefault(4 * round(scale(x) / 4), []).append(number)
+    marks = []
+    for place, numbers in places.items():
+        width = max((scale(lane.until[number]) - place for number in numbers if lane.until), default=0.0)
+        tip = lane.tips[numbers[0]] + (f" (and {len(numbers) - 1} more)" if len(numbers) > 1 else "")
+        area = f'x="{place if lane.until else place - 1}" y="{top + 4:.0f}" width="{max(2.0, width):.1f}" height="{LANE - 6}"'
+        marks.append(f'<rect class="mark hue-{lane.hue}{" bar" if lane.until else ""}" {area}><title>{escape(tip)}</title></rect>')
+    name = f'<text class="soft" x="{scale.start - 6:.0f}" y="{top + LANE - 4:.0f}" text-anchor="end">{escape(lane.name)}</text>'
+    return name + "".join(marks)
 
 
 def _tips(curves: list[tuple[Series, Points]], scale: _Scale, top: float, bottom: float, x_note: Callable[[float], str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
@@ -25,11 +24,15 @@ from teratron.parallel.pipeline import Channels, Runtime
 from teratron.parallel.schedule_check import check
 from teratron.parallel.schedules import build_schedule
 from teratron.parallel.stages import chunk_count, cut_stages
+from teratron.train.device import compile_blocks
 from teratron.train.recompute import recompute
 
 
 class Engine:
     """Weights are undefined until `optimizer.initialise` or a checkpoint has filled them."""
+
+    runtime: Callable[..., Runtime] = Runtime
+    """What executes the schedules; a dry run has its own."""
 
     def __init__(self, config: Config, mesh: Mesh, device: str | torch.device = "cpu", objective: Objective | None = None) -> None:
         """objective: None = the config's own."""
@@ -47,7 +50,17 @@ class Engine:
         self._runtimes: dict[int, Runtime] = {}
         """By the number of micro-batches, which evaluations may have other than steps."""
         for model in self.stages.stages().values():
+            if config.train.compile:
+                compile_blocks(model, self.device)
             recompute(model, config.train.recompute, config.train.recompute_every)
+            if mesh.world > 1:
+                self._tell_units(model)
+
+    def _tell_units(self, model: Model) -> None:
+        """Let this rank say which unit it is in."""
+        paths = {unit: path for path, unit in model.named_modules()}
+        for unit in model.units():
+            unit.register_forward_pre_hook(lambda unit, inputs: self.mesh.doing.within(paths[unit]))
 
     @property
     def model(self) -> Model:
@@ -59,23 +72,30 @@ class Engine:
         share = count // self.mesh.data.size
         return slice(self.mesh.data.rank * share, (self.mesh.data.rank + 1) * share)
 
-    def step(self, batch: Batch, *, step: int, number: int, lr: float, loss_scale: float = 1.0) -> tuple[Tally, float]:
+    def step(self, batch: Batch, *, step: int, number: int, lr: float, loss_scale: float = 1.0) -> tuple[Tally, Tensor]:
         """Learn from this rank's rows of a global batch; returns the whole batch's terms and the gradient norm before clipping.
 
-        The loss is exact over the global batch: its counts are known before the first forward pass (contract C2).
+        The loss is exact over the global batch: its counts are known before the first forward pass (contract C2). The host reads no
+        number from the device: the norm is a scalar there, and with one that is not finite nothing is learnt.
         Args: step (from 1) decides dropout, number counts the updates (from 1).
         """
+        work = self.passes(batch, step=step, loss_scale=loss_scale)
+        norm = self.optimizer.step(number, lr, loss_scale)
+        if work.loads and self.config.model.router_balance == "bias":
+            rate = norm.isfinite() * torch.full_like(norm, self.config.model.bias_rate)
+            loads = self._summed(work.loads, *self._token_axes)
+            for model in self.stages.stages().values():
+                balance(model, {name: load for name, load in loads.items() if has_module(model, name)}, rate)
+        return self._reduced(work.tally), norm
+
+    def passes(self, batch: Batch, *, step: int, loss_scale: float = 1.0) -> MicroBatches:
+        """The forward and backward passes of a step, which leave its gradients in the buckets; the tally is of this rank alone."""
         batch = self._padded(batch)
         tally = Tally(counts=self._summed(self.objective.counts(batch) | layer_counts(self.model, batch)))
         work = MicroBatches(self, self.objective, batch, tally, step, loss_scale)
         self._runtime(len(work.parts)).run(work)
         self.flat.finish()
-        norm = self.optimizer.step(number, lr, loss_scale)
-        if work.loads and self.config.model.router_balance == "bias" and math.isfinite(norm):
-            loads = self._summed(work.loads, *self._token_axes)
-            for model in self.stages.stages().values():
-                balance(model, {name: load for name, load in loads.items() if has_module(model, name)}, self.config.model.bias_rate)
-        return self._reduced(tally), norm
+        return work
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Tally:
@@ -103,7 +123,7 @@ class Engine:
         name, chunks = (parallel.schedule, chunk_count(parallel)) if ranks > 1 else ("1f1b", 1)
         schedule = build_schedule(name, ranks, micro_batches, chunks)
         check(schedule)
-        return Runtime(schedule, self.channels, DTYPES[self.config.train.precision], self.device)
+        return self.runtime(schedule, self.channels, DTYPES[self.config.train.precision], self.device)
 
     def _padded(self, batch: Batch) -> Batch:
         return pad_sequences(batch, self._multiple, self.model.streams)
@@ -133,7 +153,7 @@ class Engine:
                 self.mesh.tensor.sum(sums[name]).wait()
         weights = torch.tensor([found[name].weight for name in sorted(found)], dtype=torch.float64, device=self.device)
         self.mesh.group("pipeline").max(weights).wait()
-        return Tally({name: Term(name, sums[name], float(w)) for name, w in zip(sorted(found), weights, strict=True)}, tally.counts)
+        return Tally({name: Term(name, sums[name], w) for name, w in zip(sorted(found), weights, strict=True)}, tally.counts)
 
     @property
     def _token_axes(self) -> tuple[str, ...]:
@@ -220,21 +240,29 @@ def has_module(model: Model, path: str) -> bool:
 
 def check_degrees(config: Config, world: int) -> None:
     """Raise `UserError` for a layout that `world` processes, the model or the batch cannot have."""
-    sizes = mesh_sizes(config.parallel, world)
-    check_layout(config.model, config.parallel)
+    sizes = mesh_sizes(config.parallel, world, config.model)
+    check_layout(config.model, config.parallel, world)
     check_batch(config, sizes["replicate"] * sizes["shard"])
 
 
 def check_batch(config: Config, ranks: int) -> None:
     """Raise `UserError` unless each of so many data ranks gets as many whole micro-batches."""
-    batch, micro = config.train.global_batch, config.train.micro_batch
-    if batch % (ranks * (micro or 1)):
-        possible = [str(n) for n in range(1, batch + 1) if batch % (n * (micro or 1)) == 0]
-        per_rank = f" in micro-batches of {micro}" if micro else ""
-        raise UserError(
-            f"train.global_batch = {batch} cannot be shared by {ranks} data ranks{per_rank}: change train.global_batch or "
-            f"train.micro_batch, or use a number of data ranks among {', '.join(possible)}"
-        )
+    batch, micro, parallel = config.train.global_batch, config.train.micro_batch, config.parallel
+    unit = ranks * (micro or 1)
+    if batch % unit == 0:
+        return
+    least = batch // unit * unit
+    choices = [f"--train.global_batch {f'{least} or ' if least else ''}{least + unit}"]
+    if batch % ranks == 0:
+        smaller = max(n for n in range(1, micro) if batch // ranks % n == 0)
+        choices.insert(0, f"--train.micro_batch {smaller}")
+    inner = parallel.pipeline * parallel.context * parallel.tensor
+    processes = [str(n * inner) for n in range(1, batch + 1) if batch % (n * (micro or 1)) == 0]
+    per_rank = f" in micro-batches of {micro}" if micro else ""
+    raise UserError(
+        f"train.global_batch = {batch} cannot be shared by {ranks} data ranks{per_rank}: choose {', or '.join(choices)}, "
+        f"or --nproc among {', '.join(processes)}"
+    )
 
 
 def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:

@@ -9,12 +9,13 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TextIO
 
 from teratron.config import UserError
+from teratron.train.sinks import Sink
 from teratron.train.tensorboard import TensorBoard, available
 
 
@@ -24,9 +25,9 @@ class Metrics:
     Raises `UserError` when they cannot be written.
     """
 
-    def __init__(self, run: Path, tensorboard: bool, say: Callable[[str], None] = print) -> None:
-        """say: takes the one line that tells of a missing tensorboard package."""
-        self._run = run
+    def __init__(self, run: Path, tensorboard: bool, say: Callable[[str], None] = print, sinks: Sequence[Sink] = ()) -> None:
+        """say: takes the one line that tells of a missing tensorboard package. sinks: other services that get the curves, too."""
+        self._run, self._sinks = run, sinks
         with self._reporting():
             self._file = (run / "metrics.jsonl").open("ab+", buffering=0)
             _end_last_line(self._file)
@@ -40,6 +41,8 @@ class Metrics:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
+        for sink in self._sinks:
+            sink.close()
         if self._board is not None:
             # What ended training matters more than the last scalars, which metrics.jsonl holds anyway.
             with contextlib.suppress(OSError) if error is not None else self._reporting():
@@ -55,6 +58,8 @@ class Metrics:
             if self._folder is not None and event in ("step", "eval"):
                 self._board = self._board or TensorBoard(self._folder)  # its import takes a second: not before the first step
                 self._board.write(record)
+        for sink in self._sinks:
+            sink.write(record)
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:

@@ -23,7 +23,9 @@ def recompute(model: Model, mode: str, every: int) -> None:
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    # torch.compile gives up on checkpoints of modules with state: it compiles what is inside, and what is around.
     # Masks are functions of coordinates: there is no generator whose state would have to be brought back.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def run(*inputs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*inputs)

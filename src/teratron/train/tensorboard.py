@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from teratron.config import UserError
-
-SCALARS = {
-    "step": {name: f"train/{name}" for name in ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")},
-    "eval": {name: f"eval/{name}" for name in ("loss", "perplexity")},
-}
-"""For each kind of event, its numbers and their TensorBoard tags."""
+from teratron.train.scalars import scalars
 
 
 def available() -> bool:
@@ -42,13 +37,13 @@ class TensorBoard:
 
     def write(self, event: Mapping[str, Any]) -> None:
         """Write an event's numbers at its step and time; kinds without scalars and missing numbers are passed over."""
-        tags = SCALARS.get(event["event"], {})
-        if tags and self._writer is None:
+        values = scalars(event)
+        if values and self._writer is None:
             retrained = event["step"] if event["event"] == "step" else None
             self._writer = self._open(str(self._folder), purge_step=retrained, flush_secs=10)
-        for name, tag in tags.items():
-            if self._writer is not None and event.get(name) is not None:
-                self._writer.add_scalar(tag, event[name], event["step"], event.get("time"))
+        for tag, value in values.items():
+            if self._writer is not None:
+                self._writer.add_scalar(tag, value, event["step"], event.get("time"))
 
     def close(self) -> None:
         """Flush everything to disk; a later write opens a new file."""

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 import teratron
-from teratron.checkpoint import TrainingState, load_training, newest_checkpoint, open_checkpoint, save_training, saved_state
+from teratron.checkpoint import TrainingState, load_training, open_checkpoint, saved_state
 from teratron.checkpoint.agree import agree
-from teratron.checkpoint.format import check_space, checkpoint_bytes
+from teratron.checkpoint.format import checkpoint_bytes
 from teratron.checkpoint.reader import Checkpoint
+from teratron.checkpoint.training import check_data
 from teratron.config import Config, UserError
 from teratron.data.batch import make_batch
 from teratron.data.open import open_data
@@ -27,18 +28,22 @@ from teratron.models import build_model, flops_per_token, parameter_count
 from teratron.objectives import Batch, Tally
 from teratron.optim import LossScale, learning_rate
 from teratron.parallel.device import DTYPES, choose_device
-from teratron.parallel.mesh import Mesh, check_layout, mesh_sizes
-from teratron.parallel.worker import connect, disconnect, this_worker
-from teratron.train.device import check_memory, compile_blocks, describe, keep_freed_memory, measure_peak, set_deterministic
+from teratron.parallel.mesh import Mesh, check_layout, describe_layout, mesh_sizes
+from teratron.parallel.worker import PREEMPTED, connect, disconnect, take_restarts, telling, this_worker
+from teratron.train.device import check_memory, describe, keep_freed_memory, measure_peak, set_deterministic
 from teratron.train.engine import Engine, check_batch, micro_batches
+from teratron.train.guard import Guard
 from teratron.train.interrupt import Interrupt
 from teratron.train.metrics import Console, Metrics, Silence, duration
+from teratron.train.profiling import Tracer
 from teratron.train.report import write_report
-from teratron.train.run import absolute_paths, check_held, continue_config, fork, lock, write_config
+from teratron.train.run import absolute_paths, check_held, continue_config, fork, has_config, lock, run_config, write_config
+from teratron.train.saving import Place, Saver, check_places, find_start
+from teratron.train.sinks import check_sinks, open_sinks
+from teratron.train.spikes import checkpoint_before, is_spike, leave_out, remember, remove_given_up, zscore
+from teratron.train.timing import Watch
 
 T = TypeVar("T")
-SKIPS_ALLOWED = 10
-"""Updates in a row that may be skipped for a gradient that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,12 @@ class Result:
     """Training loss of the last step; NaN when no step was made."""
     valid_loss: float
     """Held-out loss of the last evaluation; NaN without one."""
-    interrupted: bool = False
+    stopped: int = 0
+    """The exit code that says why it stopped before the last step; 0 = it did not."""
+
+    @property
+    def interrupted(self) -> bool:
+        return self.stopped != 0
 
 
 class Trainer:
@@ -66,20 +76,21 @@ class Trainer:
     ) -> None:
         """config: None = the run's own. fork_to: branch off, train there from the newest checkpoint of `run`. echo: print."""
         self.run = Path(run if fork_to is None else fork_to)
-        config = Config.load(run) if config is None else absolute_paths(config)
+        config = run_config(Path(run)) if config is None else absolute_paths(config)
         worker = this_worker()
-        self.device = choose_device(device, worker.local_rank if worker else 0)
+        sizes = mesh_sizes(config.parallel, worker.world if worker else 1, config.model)
+        self.device = choose_device(device, worker)
         if worker is not None:
             connect(worker, self.device)
-        self.mesh = Mesh(mesh_sizes(config.parallel, worker.world), worker.rank) if worker is not None else Mesh()
+        self.mesh = Mesh(sizes, worker.rank if worker else 0, telling())
         self.leads = self.mesh.rank == 0
         """Whether this is the one process that writes and speaks."""
         self._lock: TextIO | None = self._lead(lambda: lock(self.run))
         try:
             if fork_to is not None:
                 self._lead(lambda: fork(Path(run), self.run))
-            config = continue_config(self.run, config)
             self.console = Console(config.train.steps, config.log.every, sys.stdout if echo and self.leads else None)
+            config = continue_config(self.run, config, self.console.say)
             set_deterministic(config.train.deterministic)
             keep_freed_memory()
             self._open(config)
@@ -114,35 +125,44 @@ class Trainer:
 
     def _open(self, config: Config) -> None:
         """Data, model, optimizer, and the state of the newest checkpoint."""
-        checkpoint = self._newest()
+        checkpoint = self._newest(config)
+        if checkpoint is not None and not has_config(self.run):  # it may have come from checkpoint.copy_to
+            config = continue_config(self.run, config, lambda text: None)
         if checkpoint is not None and config.model.vocab_size == 0:
             config = config.override({"model.vocab_size": checkpoint.config().model.vocab_size})
         past = saved_state(checkpoint) if checkpoint is not None else TrainingState()
         self.state = replace(past, phases=_phases(past.phases, config.train.steps))
         check_batch(config, self.mesh.data.size)
-        check_layout(config.model, config.parallel)  # once more when the data has told the vocabulary
+        check_layout(config.model, config.parallel, self.mesh.world)  # once more when the data has told the vocabulary
         self.data = self._first(lambda: open_data(config, self.run, self.state.phases, self.console.say))
         self.config = config.override({"model.vocab_size": self.data.vocab_size})
+        if checkpoint is not None:
+            check_data(checkpoint, self.config, self.data.identity)
         if self.state.step > config.train.steps:
             raise UserError(f"train.steps = {config.train.steps} is below step {self.state.step}, where the checkpoint stands: raise it")
-        check_layout(self.config.model, self.config.parallel)
+        check_layout(self.config.model, self.config.parallel, self.mesh.world)
         self._together(lambda: check_memory(self.config, self.mesh, self.device))
         self.engine = Engine(self.config, self.mesh, self.device)
         self.optimizer = self.engine.optimizer
+        self._restore(checkpoint)
+        self.guard = Guard(self.run, self.engine, self.console.say)
+
+    def _restore(self, checkpoint: Checkpoint | None) -> None:
+        """Weights, moments and loss scale where `state` says that the run stands; without a checkpoint as it begins."""
         if checkpoint is None:
             self.optimizer.initialise(self.config.train.seed)
         else:
             load_training(checkpoint, self.optimizer.pieces(), self.mesh.control)
             self.engine.flat.publish()
         self.loss_scale = self.state.loss_scale or LossScale.start(self.config.optim, self.config.train.precision)
-        self._skipped = 0
-        if self.config.train.compile:
-            for model in self.engine.stages.stages().values():
-                compile_blocks(model, self.device)
 
-    def _newest(self) -> Checkpoint | None:
-        """The newest good checkpoint; one rank verifies, the others open what it found."""
-        found = self._lead(lambda: newest_checkpoint(self.run, self.console.say))
+    def _newest(self, config: Config) -> Checkpoint | None:
+        """The newest good checkpoint."""
+        return self._found(lambda: find_start(self.run, config.checkpoint, self.console.say))
+
+    def _found(self, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+        """A checkpoint that one rank finds and verifies; the others open it."""
+        found = self._lead(find)
         name = self.mesh.control.gather_bytes(str(found.folder).encode() if found is not None else b"")[0].decode()
         return found if self.leads or not name else open_checkpoint(Path(name))
 
@@ -151,8 +171,10 @@ class Trainer:
         self.batch(min(self.state.step + 1, self.config.train.steps))
         if self.data.valid is not None:
             next(self._valid_batches())
-        needed = checkpoint_bytes(self.optimizer.pieces(), self.mesh.control)
-        self._lead(lambda: check_space(self.run, needed))
+        pieces = self.optimizer.pieces()
+        needed = checkpoint_bytes(pieces, self.mesh.control)
+        self._lead(lambda: check_sinks(self.config.log))
+        self._together(lambda: check_places(self.run, self.config.checkpoint, pieces, needed, self.mesh))
 
     def train(self) -> Result:
         """Train to `train.steps`, evaluating, saving and logging; Ctrl-C saves and returns with `interrupted`."""
@@ -164,18 +186,25 @@ class Trainer:
                 self.console.say(f"{self.run} is complete: step {self.state.step} of {total}; to train on: --train.steps N")
                 result = Result(self.state.step, math.nan, math.nan)
             else:
-                with self._metrics() as metrics, Interrupt() as interrupt:
+                with self._metrics() as metrics, Interrupt(self.config.train.stop_after) as interrupt:
                     self._announce(metrics)
-                    result = self._loop(metrics, interrupt)
-            if self.leads:
-                write_report(self.run)
+                    with Saver(self.run, self.config, self.mesh, metrics, self.console.say, self._check_held) as saver:
+                        result = self._loop(metrics, interrupt, saver)
+                    self._end(metrics, result)
+            self.mesh.doing.at(0)
+            self._lead(lambda: write_report(self.run))  # together: a scheduler may end all tasks when the first one leaves
             return result
         finally:
             self.console.finish()
             self._close()
 
     def _metrics(self) -> Metrics | Silence:
-        return Metrics(self.run, self.config.log.tensorboard, self.console.say) if self.leads else Silence()
+        """Where events go; and on every rank what is to be measured."""
+        log, say = self.config.log, self.console.say
+        self.watch = Watch(self.mesh, self.optimizer, self.device, say)
+        metrics = Metrics(self.run, log.tensorboard, say, open_sinks(log, self.run, say)) if self.leads else Silence()
+        self.tracer = Tracer(self.run, log.profile_step, self.mesh.rank, metrics, say)
+        return metrics
 
     def evaluate(self) -> float:
         """The held-out loss over `train.eval_batches` global batches, or over everything."""
@@ -189,47 +218,61 @@ class Trainer:
         size = self.config.train.global_batch
         return self._batch(self.data.train, np.arange((step - 1) * size, step * size)[self.engine.rows(size)])
 
-    def _loop(self, metrics: Metrics | Silence, interrupt: Interrupt) -> Result:
-        config, loss, valid_loss = self.config.train, math.nan, math.nan
-        for step in range(self.state.step + 1, config.steps + 1):
-            loss = self._step(step, metrics)
+    def _loop(self, metrics: Metrics | Silence, interrupt: Interrupt, saver: Saver) -> Result:
+        config, loss, valid_loss, stop = self.config.train, math.nan, math.nan, 0
+        while self.state.step < config.steps:
+            step, losses = self.state.step + 1, self.state.losses
+            self.mesh.doing.at(step)
+            if step in self.state.left_out:
+                self.state = replace(self.state, step=step, skipped=self.state.skipped + 1)
+            else:
+                loss = self._step(step, metrics)
+                if is_spike(loss, losses, config):
+                    saver.finish()
+                    self._go_back(step, zscore(loss, losses), metrics)
+                    continue
             last = step == config.steps
             if self.data.valid is not None and (last or (config.eval_every and step % config.eval_every == 0)):
                 valid_loss = self._report_evaluation(step, metrics)
-            self._refuse_numbers(loss)
-            stop = self._any(interrupt.asked)
-            if last or stop or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
-                self._save(metrics)
+            if last or step % self.config.log.every == 0:
+                metrics.write("ranks", step=step, **self.watch.report(), time=time.time())
+            stop, failed, place, trace = self._most(interrupt.asked, saver.failed, saver.due(step), self.tracer.asked())
+            if trace:
+                self.tracer.step = step + 1
+            if failed:
+                saver.finish()
+            if last or stop or place:
+                saver.save(Place.DISK if last or stop else Place(place), self.optimizer.pieces(), self.state, self.data.identity)
+            saver.poll()
             if stop:
                 break
-        interrupted = self.state.step < config.steps
-        reason = "interrupted" if interrupted else "done"
+        self.guard.tell_overflows(self.state.step, self.loss_scale.scale)
+        return Result(self.state.step, loss, valid_loss, stop if self.state.step < config.steps else 0)
+
+    def _end(self, metrics: Metrics | Silence, result: Result) -> None:
+        reason = {0: "done", PREEMPTED: "preempted"}.get(result.stopped, "interrupted")
         metrics.write("end", step=self.state.step, seconds=self.state.seconds, reason=reason, time=time.time())
-        return Result(self.state.step, loss, valid_loss, interrupted)
 
-    def _any(self, asked: bool) -> bool:
-        """Whether any rank says so: all ranks stop after the same step, and none when another has died."""
-        flag = torch.tensor([int(asked)])
-        self.mesh.all.max(flag).wait()
-        return bool(flag)
+    def _most(self, *values: int) -> list[int]:
+        """The greatest of all ranks: all stop or save after the same step, and none when another has died."""
+        most = torch.tensor(values)
+        self.mesh.all.max(most).wait()
+        return most.tolist()
 
-    def _refuse_numbers(self, loss: float) -> None:
-        """Stop before good checkpoints are pushed out by useless ones."""
-        if not math.isfinite(loss) or self._skipped >= SKIPS_ALLOWED:
-            found = f"the loss is {loss}" if self._skipped < SKIPS_ALLOWED else f"{self._skipped} updates in a row were skipped"
-            raise UserError(
-                f"{self.run}: step {self.state.step}: {found}: stopped without saving, earlier checkpoints are intact; "
-                "lower optim.lr or model.init_std, and start again or --fork from the newest checkpoint"
-            )
+    def _check_held(self) -> None:
+        check_held(self._lock, self.run)
 
     def _step(self, step: int, metrics: Metrics | Silence) -> float:
-        config, begun = self.config.train, time.perf_counter()
+        config = self.config.train
         lr, scale = learning_rate(self.config.optim, step, config.steps), self.loss_scale
         number = step - self.state.skipped
-        tally, norm = self.engine.step(self.batch(step), step=step, number=number, lr=lr, loss_scale=scale.scale)
-        loss, finite = tally.loss(), math.isfinite(norm)
+        with self.tracer.tracing(step), self.watch.step() as lap:
+            batch = self.batch(step)
+            lap.got_data()
+            tally, total_norm = self.engine.step(batch, step=step, number=number, lr=lr, loss_scale=scale.scale)
+            loss, norm = tally.loss(), float(total_norm)
+        finite, seconds = math.isfinite(norm), lap.seconds
         self.loss_scale = scale.after(finite, self.config.optim, config.precision)
-        seconds = time.perf_counter() - begun
         tokens = config.global_batch * self.config.model.seq_length
         self.state = replace(
             self.state,
@@ -238,47 +281,46 @@ class Trainer:
             seconds=self.state.seconds + seconds,
             skipped=self.state.skipped + (not finite),
             loss_scale=self.loss_scale,
+            losses=remember(self.state.losses, loss, config) if finite else self.state.losses,
         )
         event = {"step": step, "loss": loss, "terms": tally.means(), "grad_norm": norm, "lr": lr}
         event |= {"tokens": self.state.tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        event |= {"data": lap.data, "communication": lap.communication}
         event |= {"mfu": tokens / seconds * self.flops_per_token / (self.peak_flops * self.mesh.world)}
         if config.precision == "fp16":
             event |= {"loss_scale": scale.scale}
-        if finite:
-            self._skipped = 0
-        else:
+        if not finite:
             event |= {"skipped": True}
-            self._say_skipped(step, norm)
         metrics.write("step", **event, time=time.time())
         self.console.step(event)
+        self.guard.check(step, batch, loss, norm, scale, metrics)
         return loss
 
-    def _say_skipped(self, step: int, norm: float) -> None:
-        """Tell an overflow that a smaller loss scale cures from one that nothing here does."""
-        if self.loss_scale.scale > self.config.optim.min_loss_scale and not self.config.optim.loss_scale and self.loss_scale.overflows:
-            self.console.say(f"step {step}: overflow in fp16: the update was skipped; loss scale now {self.loss_scale.scale:g}")
-            return
-        self._skipped += 1
-        self.console.say(f"step {step}: the gradient norm is {norm}: the update was skipped; lower optim.lr if this repeats")
+    def _go_back(self, step: int, deviations: float, metrics: Metrics | Silence) -> None:
+        """After a loss spike: the state of a checkpoint before the batches that are left out from now on."""
+        before = self.state
+        left_out = leave_out(before.left_out, step, self.config.train)
+        first = min({*left_out} - {*before.left_out})
+        checkpoint = self._found(lambda: checkpoint_before(self.run, first, left_out, self.console.say))
+        past = saved_state(checkpoint) if checkpoint is not None else TrainingState()
+        self.state = replace(past, phases=before.phases, seconds=before.seconds, left_out=left_out)
+        self._restore(checkpoint)
+        self._lead(lambda: remove_given_up(self.run, first))
+        metrics.write("spike", step=step, deviations=deviations, back_to=past.step, left_out=list(left_out), time=time.time())
+        self.console.say(
+            f"step {step}: the loss lies {deviations:.1f} deviations above the last ones: back to step {past.step}, "
+            f"and steps {first} to {step} are left out"
+        )
 
     def _report_evaluation(self, step: int, metrics: Metrics | Silence) -> float:
         begun = time.perf_counter()
         tally = self._evaluate()
         loss = tally.loss()
         perplexity = math.exp(min(loss, 700.0))
-        metrics.write("eval", step=step, loss=loss, perplexity=perplexity, terms=tally.means(), time=time.time())
-        self.console.say(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity:,.2f} ({duration(time.perf_counter() - begun)})")
+        seconds = time.perf_counter() - begun
+        metrics.write("eval", step=step, loss=loss, perplexity=perplexity, terms=tally.means(), seconds=seconds, time=time.time())
+        self.console.say(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity:,.2f} ({duration(seconds)})")
         return loss
-
-    def _save(self, metrics: Metrics | Silence) -> None:
-        begun = time.perf_counter()
-        self._lead(lambda: check_held(self._lock, self.run))
-        tokenizer = self.run / "tokenizer"
-        extra = [tokenizer] if tokenizer.is_dir() else []
-        layout = {"ranks": self.mesh.world, **self.mesh.sizes, "sharded": self.config.parallel.shard}
-        folder = save_training(self.run, self.config, self.optimizer.pieces(), self.state, extra, self.mesh.control, layout)
-        metrics.write("save", step=self.state.step, seconds=time.perf_counter() - begun, time=time.time())
-        self.console.say(f"step {self.state.step}: saved {folder}")
 
     def _announce(self, metrics: Metrics | Silence) -> None:
         """Measure the machine, and say and note what will be trained on it."""
@@ -292,7 +334,11 @@ class Trainer:
         facts |= {"peak_flops": self.peak_flops, "flops_per_token": self.flops_per_token, "versions": versions}
         facts |= {"ranks": self.mesh.world, "layout": self.mesh.sizes}
         facts |= {"train_tokens": self.data.train_tokens, "valid_tokens": self.data.valid_tokens}
+        for restart in take_restarts() if self.leads else ():
+            metrics.write("restart", step=self.state.step, **restart)
         metrics.write("resume" if self.state.step else "start", step=self.state.step, time=time.time(), **facts)
+        if self.mesh.world > 1:
+            self.console.say(describe_layout(self.mesh.sizes, self.config.parallel))
         self.console.say(
             f"{count:,} parameters in {precision} on {place}, matrix products up to {self.peak_flops / 1e9:,.0f} GFLOP/s; "
             f"{self.data.train_tokens:,} training and {self.data.valid_tokens:,} held-out tokens"

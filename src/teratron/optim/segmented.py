@@ -1,0 +1,52 @@
+"""Optimizers that need norms of whole tensors: a pass that turns gradients into directions, one sum over ranks, a pass over the weights."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import Tensor
+
+from teratron.config import OptimConfig
+from teratron.optim.groups import treatment_of
+from teratron.optim.matrices import Matrices
+from teratron.optim.optimizer import Optimizer, Update, cached
+from teratron.parallel.flat import FlatModel
+
+
+class Segmented(Optimizer):
+    """Subclasses say how a gradient becomes a direction, and how a direction moves the weights."""
+
+    kind = "segmented"
+
+    def __init__(self, flat: FlatModel, config: OptimConfig) -> None:
+        super().__init__(flat, config)
+        self.matrices = Matrices(flat)
+
+    def advance(self, how: Update) -> None:
+        for number, bucket in enumerate(self.flat.trained):
+            state = [flats[number] for flats in self.state.values()]
+            for place, treatment in self.alike[bucket]:
+                for small in cached(place, bucket.master.device):
+                    how.clean(bucket.gradient[small])
+                    held = [tensor[small] for tensor in state]
+                    self.direct(bucket.gradient[small], held, bucket.master[small], treatment.decay, how)
+        numbers = self.weigh()
+        for bucket, segments in zip(self.flat.trained, self.matrices.segments, strict=True):
+            for segment in segments:
+                treatment = treatment_of(segment.part, self.config)
+                rate = how.gain(how.lr * treatment.lr, bucket.master)
+                own = numbers[segment.slot].to(bucket.master.dtype)
+                for small in cached(segment.place, bucket.master.device):
+                    self.move(bucket.master[small], bucket.gradient[small], own, rate, treatment.decay)
+
+    @abstractmethod
+    def direct(self, gradient: Tensor, state: list[Tensor], weight: Tensor, decay: float, how: Update) -> None:
+        """Change the states, and put the direction in the gradient's place; all are ranges of the same elements."""
+
+    @abstractmethod
+    def weigh(self) -> Tensor:
+        """One number for each matrix, [slots], from the directions of all buckets."""
+
+    @abstractmethod
+    def move(self, weight: Tensor, direction: Tensor, number: Tensor, rate: Tensor, decay: float) -> None:
+        """Change a range of one matrix by its direction and its number. rate: 0 in a step that is passed over."""

@@ -1,0 +1,121 @@
+"""Every optimizer equals its paper's formulas on whole tensors, in float64 to 1e-9; a step that is not finite changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from learning import learn, loss_of, made, optimizer_of
+from torch import Tensor, nn
+
+from teratron.config import OptimConfig
+from teratron.models import Model, Part, parts_of
+
+Rule = Callable[[Tensor, Tensor, dict[str, Tensor], int, float, OptimConfig, Part], None]
+"""Changes a whole part by its gradient: weight, gradient, state, number of the step, learning rate, config, part."""
+
+
+def decay_of(part: Part, config: OptimConfig) -> float:
+    return config.weight_decay if len(part.shape) > 1 else 0.0
+
+
+def moment(state: dict[str, Tensor], name: str, value: Tensor, beta: float) -> Tensor:
+    """A running mean from zero."""
+    state[name] = beta * state.get(name, torch.zeros_like(value)) + (1 - beta) * value
+    return state[name]
+
+
+def adam_direction(g: Tensor, state: dict[str, Tensor], t: int, config: OptimConfig) -> Tensor:
+    m, v = moment(state, "m", g, config.beta1), moment(state, "v", g * g, config.beta2)
+    return m / (1 - config.beta1**t) / ((v / (1 - config.beta2**t)).sqrt() + config.eps)
+
+
+def adamw(w: Tensor, g: Tensor, state: dict[str, Tensor], t: int, lr: float, config: OptimConfig, part: Part) -> None:
+    w -= lr * (adam_direction(g, state, t, config) + decay_of(part, config) * w)
+
+
+def adam(w: Tensor, g: Tensor, state: dict[str, Tensor], t: int, lr: float, config: OptimConfig, part: Part) -> None:
+    w -= lr * adam_direction(g + decay_of(part, config) * w, state, t, config)
+
+
+def sgd(w: Tensor, g: Tensor, state: dict[str, Tensor], t: int, lr: float, config: OptimConfig, part: Part) -> None:
+    g = g + decay_of(part, config) * w
+    state["m"] = config.beta1 * state.get("m", torch.zeros_like(g)) + g
+    w -= lr * (g + config.beta1 * state["m"] if config.nesterov else state["m"])
+
+
+def lion(w: Tensor, g: Tensor, state: dict[str, Tensor], t: int, lr: float, config: OptimConfig, part: Part) -> None:
+    before = state.get("m", torch.zeros_like(g))
+    direction = config.beta1 * before + (1 - config.beta1) * g
+    moment(state, "m", g, config.beta2)
+    w -= lr * (direction.sign() + decay_of(part, config) * w)
+
+
+CASES: list[tuple[str, Rule, dict[str, Any]]] = [
+    ("adamw", adamw, {}),
+    ("adam", adam, {}),
+    ("sgd", sgd, {"lr": 0.1}),
+    ("sgd", sgd, {"lr": 0.1, "nesterov": False}),
+    ("lion", lion, {"beta2": 0.99}),
+]
+IDS = ["-".join([name, *(f"{key}={value}" for key, value in keys.items())]) for name, _, keys in CASES]
+
+
+def follow(rule: Rule, model: Model, states: dict[str, dict[str, Tensor]], t: int, lr: float, config: OptimConfig) -> None:
+    """A step of the reference: clip by the global norm, then part by part."""
+    nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for part in parts_of(model):
+            parameter = parameters[part.parameter]
+            assert parameter.grad is not None
+            rule(part.of(parameter), part.of(parameter.grad), states.setdefault(part.name, {}), t, lr, config, part)
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "apart"])
+@pytest.mark.parametrize(("name", "rule", "keys"), CASES, ids=IDS)
+def test_twenty_steps_equal_the_papers_formulas(name: str, rule: Rule, keys: dict[str, Any], tied: bool) -> None:
+    config = OptimConfig(**{"name": name, "lr": 1e-2, "weight_decay": 0.3, "beta1": 0.8, "clip": 1.0, **keys})
+    model = made(tie_embeddings=tied)
+    oracle, optimizer = copy.deepcopy(model), optimizer_of(model, config)
+    states: dict[str, dict[str, Tensor]] = {}
+    norms = []
+    for step in range(1, 21):
+        rate, scale = config.lr / math.sqrt(step), 2.0 if step % 2 else 0.05  # every other step is clipped
+        loss_of(oracle, step, scale).backward()
+        follow(rule, oracle, states, step, rate, config)
+        norms.append(learn(optimizer, step, step, rate, scale))
+    assert min(norms) < config.clip < max(norms)
+    for (key, ours), theirs in zip(model.named_parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9 * float(theirs.detach().abs().max()), msg=key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", dict.fromkeys(name for name, _, _ in CASES))
+def test_a_gradient_that_is_not_finite_changes_nothing(name: Any, dtype: torch.dtype) -> None:
+    optimizer = optimizer_of(made(dtype), OptimConfig(name=name))
+    learn(optimizer, 1, 1, 1e-3)
+    before = {piece.name: piece.values.clone() for piece in optimizer.pieces()}
+    optimizer.flat.stages.stages()[0].get_parameter("blocks.0.attention.qkv.weight").grad[3, 5] = math.nan  # type: ignore[index]
+    assert not math.isfinite(learn(optimizer, 2, 2, 1e-3))
+    assert [piece.name for piece in optimizer.pieces() if not torch.equal(piece.values, before[piece.name])] == []
+    assert 0 < learn(optimizer, 3, 2, 1e-3) < math.inf
+    assert any(not torch.equal(piece.values, before[piece.name]) for piece in optimizer.pieces())
+
+
+def test_noise_walks_no_weight_of_lion() -> None:
+    """Softmax does not see a key's bias: its gradient is rounding, whose signs would move it by the learning rate in every step."""
+    model = made(position="learned")
+    optimizer = optimizer_of(model, OptimConfig(name="lion"))
+    for step in range(1, 6):
+        learn(optimizer, step, step, 1e-2)
+    noise = next(piece.values for piece in optimizer.pieces() if piece.name == "moment1/blocks.0.attention.k.bias")
+    assert noise.any()
+    biases = {part.name: part.of(model.get_parameter(part.parameter)) for part in parts_of(model)}
+    assert not biases["blocks.0.attention.k.bias"].any()
+    assert biases["blocks.0.attention.q.bias"].all()
