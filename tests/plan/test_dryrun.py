@@ -27,8 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parallel"))  # the
 from cases import KEYS, batch_of, config_of, share
 from pool import pool
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 SHAPE: dict[str, Any] = {"model.vocab_size": 16, "model.dropout": 0.0, "train.micro_batch": 1}
 ROWS, LENGTH, HIDDEN, VOCAB = 8, 8, 16, 16
 WORD = 8
@@ -230,6 +228,7 @@ REAL: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(("ranks", "keys"), REAL, ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "")
 def test_the_peak_is_that_of_a_real_step(ranks: int, keys: dict[str, Any]) -> None:
     found = pool().run(real, ranks, keys)
