@@ -26,6 +26,8 @@ RELATED = (
     "optim.decay_steps",
     "optim.min_lr",
     "optim.eps",
+    "optim.groups",
+    "optim.trust_m",
     "optim.initial_loss_scale",
     "optim.min_loss_scale",
     "model.norm_eps",

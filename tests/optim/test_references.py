@@ -19,7 +19,19 @@ Rule = Callable[[Tensor, Tensor, dict[str, Tensor], int, float, OptimConfig, Par
 """Changes a whole part by its gradient: weight, gradient, state, number of the step, learning rate, config, part."""
 
 
+GROUPS = ("*.weight: lr=0.5", "blocks.0.*: decay=0.7", "head.norm.*: lr=0")
+
+
+def lr_factor(part: Part, config: OptimConfig) -> float:
+    """What GROUPS say."""
+    if not config.groups:
+        return 1.0
+    return 0.0 if part.name.startswith("head.norm.") else 0.5 if part.name.endswith(".weight") else 1.0
+
+
 def decay_of(part: Part, config: OptimConfig) -> float:
+    if config.groups and part.name.startswith("blocks.0."):
+        return 0.7
     return config.weight_decay if len(part.shape) > 1 else 0.0
 
 
@@ -44,8 +56,8 @@ def adam(w: Tensor, g: Tensor, state: dict[str, Tensor], t: int, lr: float, conf
 
 def sgd(w: Tensor, g: Tensor, state: dict[str, Tensor], t: int, lr: float, config: OptimConfig, part: Part) -> None:
     g = g + decay_of(part, config) * w
-    state["m"] = config.beta1 * state.get("m", torch.zeros_like(g)) + g
-    w -= lr * (g + config.beta1 * state["m"] if config.nesterov else state["m"])
+    state["m"] = config.momentum * state.get("m", torch.zeros_like(g)) + g
+    w -= lr * (g + config.momentum * state["m"] if config.nesterov else state["m"])
 
 
 def lion(w: Tensor, g: Tensor, state: dict[str, Tensor], t: int, lr: float, config: OptimConfig, part: Part) -> None:
@@ -55,14 +67,40 @@ def lion(w: Tensor, g: Tensor, state: dict[str, Tensor], t: int, lr: float, conf
     w -= lr * (direction.sign() + decay_of(part, config) * w)
 
 
+def lamb(w: Tensor, g: Tensor, state: dict[str, Tensor], t: int, lr: float, config: OptimConfig, part: Part) -> None:
+    direction = adam_direction(g, state, t, config) + decay_of(part, config) * w
+    norm = min(max(float(w.norm()), config.trust_min), config.trust_max)
+    w -= lr * (norm / direction.norm() if w.any() else 1.0) * direction
+
+
+def muon(w: Tensor, g: Tensor, state: dict[str, Tensor], t: int, lr: float, config: OptimConfig, part: Part) -> None:
+    if len(part.shape) == 1 or part.name.startswith(("embedding.", "head.")):
+        adamw(w, g, state, t, lr * (config.adam_lr / config.lr if config.adam_lr else 1.0), config, part)
+        return
+    m = moment(state, "m", g, config.momentum)
+    x = (1 - config.momentum) * g + config.momentum * m if config.nesterov else m
+    x = x / x.norm()
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    rows, columns = x.shape
+    factor = 0.2 * max(rows, columns) ** 0.5 if config.muon_scale == "moonlight" else max(1, rows / columns) ** 0.5
+    w -= lr * (factor * x + decay_of(part, config) * w)
+
+
 CASES: list[tuple[str, Rule, dict[str, Any]]] = [
     ("adamw", adamw, {}),
     ("adam", adam, {}),
     ("sgd", sgd, {"lr": 0.1}),
     ("sgd", sgd, {"lr": 0.1, "nesterov": False}),
     ("lion", lion, {"beta2": 0.99}),
+    ("lamb", lamb, {}),
+    ("lamb", lamb, {"trust_min": 1.5, "trust_max": 4.0}),
+    ("muon", muon, {}),
+    ("muon", muon, {"nesterov": False, "muon_scale": "jordan", "adam_lr": 3e-3}),
+    *((name, rule, {"groups": GROUPS}) for name, rule in (("adamw", adamw), ("lamb", lamb), ("muon", muon))),
 ]
-IDS = ["-".join([name, *(f"{key}={value}" for key, value in keys.items())]) for name, _, keys in CASES]
+IDS = ["-".join([name, *(key if key == "groups" else f"{key}={value}" for key, value in keys.items())]) for name, _, keys in CASES]
 
 
 def follow(rule: Rule, model: Model, states: dict[str, dict[str, Tensor]], t: int, lr: float, config: OptimConfig) -> None:
@@ -73,7 +111,9 @@ def follow(rule: Rule, model: Model, states: dict[str, dict[str, Tensor]], t: in
         for part in parts_of(model):
             parameter = parameters[part.parameter]
             assert parameter.grad is not None
-            rule(part.of(parameter), part.of(parameter.grad), states.setdefault(part.name, {}), t, lr, config, part)
+            rule(
+                part.of(parameter), part.of(parameter.grad), states.setdefault(part.name, {}), t, lr * lr_factor(part, config), config, part
+            )
     model.zero_grad()
 
 
@@ -89,7 +129,9 @@ def test_twenty_steps_equal_the_papers_formulas(name: str, rule: Rule, keys: dic
         rate, scale = config.lr / math.sqrt(step), 2.0 if step % 2 else 0.05  # every other step is clipped
         loss_of(oracle, step, scale).backward()
         follow(rule, oracle, states, step, rate, config)
-        norms.append(learn(optimizer, step, step, rate, scale))
+        optimizer.flat.backward(0, [loss_of(model, step, scale)], [None], last=True)
+        optimizer.flat.finish()
+        norms.append(float(optimizer.step(step, rate)))
     assert min(norms) < config.clip < max(norms)
     for (key, ours), theirs in zip(model.named_parameters(), oracle.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9 * float(theirs.detach().abs().max()), msg=key)

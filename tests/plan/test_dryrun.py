@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from teratron.cli.main import main
 from teratron.config import Config, UserError
 from teratron.models import build_model, parameter_count
+from teratron.optim import OPTIMIZERS
 from teratron.parallel.mesh import Mesh, mesh_sizes
 from teratron.plan.dryrun import DryRun, dry_run, fake_batch, label_state
 from teratron.plan.dryrun_text import dry_run_text
@@ -294,7 +295,10 @@ def test_a_dry_run_fails_where_the_host_reads_a_number(read: Any) -> None:
         dry({"model.layers": 1}, build=build)
 
 
-@pytest.mark.parametrize("keys", [{}, {"train.precision": "fp16", "train.recompute": "full", "model.dropout": 0.1}])
+FP16 = {"train.precision": "fp16", "train.recompute": "full", "model.dropout": 0.1}
+
+
+@pytest.mark.parametrize("keys", [FP16, *({"optim.name": name} for name in OPTIMIZERS)], ids=["fp16", *OPTIMIZERS])
 def test_a_step_of_a_dense_model_reads_nothing_on_the_host(keys: dict[str, Any]) -> None:
     config = config_of(SHAPE | keys)
     engine = Engine(config, Mesh())
@@ -304,6 +308,12 @@ def test_a_step_of_a_dense_model_reads_nothing_on_the_host(keys: dict[str, Any])
         tally, norm = engine.step(batch, step=1, number=1, lr=1e-3)
     assert math.isfinite(tally.loss())
     assert float(norm) > 0
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_can_be_run_dry(name: str) -> None:
+    found = dry({"optim.name": name, "parallel.tensor": 2, "parallel.shard": "optimizer"}, 4)
+    assert found.peak["optimizer"] >= found.state["optimizer"] > 0
 
 
 # The face

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from teratron.config.errors import UserError
+from teratron.config.groups import parse_group
 from teratron.config.keys import Section, above, at_least, between, key
 
 
@@ -250,8 +251,8 @@ class OptimConfig(Section):
 
     section: ClassVar[str] = "optim"
 
-    name: Literal["adamw", "adam", "sgd", "lion"] = key("adamw")
-    """Optimizer: adamw = Adam with decoupled weight decay; adam and sgd add the decay to the gradient (L2); lion."""
+    name: Literal["adamw", "adam", "sgd", "lion", "lamb", "muon"] = key("adamw")
+    """Optimizer: adamw = Adam with decoupled weight decay; adam and sgd add the decay to the gradient (L2); lion, lamb, muon."""
     lr: float = key(3e-4, at_least(0))
     """Highest learning rate."""
     min_lr: float = key(0.0, at_least(0))
@@ -264,14 +265,28 @@ class OptimConfig(Section):
     """Step at which cosine and linear reach min_lr (0 = train.steps); for wsd the length of the last decay (0 = a fifth of train.steps)."""
     weight_decay: float = key(0.1, at_least(0))
     """Weight decay, with adam and sgd as L2, else decoupled; biases and norms are never decayed."""
+    groups: tuple[str, ...] = key(())
+    """Parts that learn differently, by patterns of their names, such as `*.bias: lr=0.1 decay=0` or `embedding.*: frozen`.
+
+    lr is a factor of the learning rate, decay takes the place of weight_decay; of lines that match the same part later ones win."""
     beta1: float = key(0.9, between(0, 1))
-    """Decay rate of the first moment; the momentum of sgd."""
-    nesterov: bool = key(True)
-    """Look ahead along the momentum of sgd."""
+    """Decay rate of the first moment."""
     beta2: float = key(0.95, between(0, 1))
     """Decay rate of the second moment."""
     eps: float = key(1e-8, above(0))
     """Added to the root of the second moment."""
+    momentum: float = key(0.95, between(0, 1))
+    """Decay rate of the momentum of sgd and muon."""
+    nesterov: bool = key(True)
+    """Look ahead along the momentum of sgd and muon."""
+    trust_min: float = key(0.0, at_least(0))
+    """Norms of weights count as at least this in lamb's trust ratio."""
+    trust_max: float = key(10.0, above(0))
+    """Norms of weights count as at most this in lamb's trust ratio."""
+    muon_scale: Literal["moonlight", "jordan"] = key("moonlight")
+    """Factor of muon's learning rate: 0.2 * sqrt(longer side), which suits AdamW's rates, or sqrt(rows / columns), at least 1."""
+    adam_lr: float = key(0.0, at_least(0))
+    """Highest learning rate of what muon leaves to AdamW (embeddings, output projection, norms, biases); 0 = optim.lr."""
     clip: float = key(1.0, at_least(0))
     """Largest global gradient norm; 0 = no clipping."""
     loss_scale: float = key(0.0, at_least(0))
@@ -288,6 +303,10 @@ class OptimConfig(Section):
     def check(self) -> None:
         if self.min_lr > self.lr:
             raise UserError(f"optim.min_lr = {self.min_lr} exceeds optim.lr = {self.lr}: lower it")
+        for text in self.groups:
+            parse_group(text)
+        if self.trust_min > self.trust_max:
+            raise UserError(f"optim.trust_min = {self.trust_min} exceeds optim.trust_max = {self.trust_max}: lower it")
         if self.min_loss_scale > self.initial_loss_scale:
             raise UserError(
                 f"optim.min_loss_scale = {self.min_loss_scale} exceeds optim.initial_loss_scale = {self.initial_loss_scale}: lower it"

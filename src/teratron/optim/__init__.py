@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from teratron.config import OptimConfig
 from teratron.optim.elementwise import SGD, Adam, AdamW
+from teratron.optim.lamb import Lamb
 from teratron.optim.lion import Lion
+from teratron.optim.muon import Muon
 from teratron.optim.optimizer import Optimizer, global_norm
 from teratron.optim.scale import LossScale
 from teratron.optim.schedule import learning_rate
@@ -12,7 +14,7 @@ from teratron.parallel.flat import FlatModel
 
 __all__ = ["OPTIMIZERS", "LossScale", "Optimizer", "build_optimizer", "global_norm", "learning_rate"]
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "adam": Adam, "sgd": SGD, "lion": Lion}
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "adam": Adam, "sgd": SGD, "lion": Lion, "lamb": Lamb, "muon": Muon}
 """By `optim.name`."""
 
 

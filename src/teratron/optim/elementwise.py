@@ -17,8 +17,6 @@ from teratron.parallel.buckets import Bucket
 class Elementwise(Optimizer):
     """One pass over master, gradient and state."""
 
-    kind = "elementwise"
-
     def update(self, bucket: Bucket, state: dict[str, Tensor], how: Update) -> None:
         scale = how.scale.to(torch.float32)
         if bucket.master.dtype == torch.float64:  # of which the kernels' own division would lose half the digits
@@ -62,7 +60,7 @@ class Adam(AdamW):
 
 
 class SGD(Elementwise):
-    """Stochastic gradient descent with (Nesterov) momentum `beta1`; weight decay is added to the gradient (L2)."""
+    """Stochastic gradient descent with (Nesterov) momentum; weight decay is added to the gradient (L2)."""
 
     states: ClassVar = ("moment1",)
 
@@ -70,7 +68,7 @@ class SGD(Elementwise):
         torch._fused_sgd_(
             *held,
             lr=how.lr * treatment.lr,
-            momentum=self.config.beta1,
+            momentum=self.config.momentum,
             weight_decay=treatment.decay,
             dampening=0.0,
             nesterov=self.config.nesterov,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,17 +43,16 @@ class Update:
 
 
 class Optimizer:
-    """Updates the masters of a model's buckets. A family of optimizers is a subclass with `kind`, `states` and `update`."""
+    """Updates the masters of a model's buckets. An optimizer has `states`, and `update` or, if a bucket alone does not do, `advance`."""
 
-    kind: ClassVar[Literal["elementwise", "segmented", "whole-matrix"]]
-    """What an update reads: each element alone, norms per part, or whole matrices."""
     states: ClassVar[tuple[str, ...]]
     """Names of the tensors that it keeps for every part."""
 
     def __init__(self, flat: FlatModel, config: OptimConfig) -> None:
         self.flat, self.config = flat, config
         self.state = {name: [torch.zeros_like(bucket.master) for bucket in flat.trained] for name in self.states}
-        self.alike = {bucket: merged((at, treatment_of(part, config)) for part, _, at in bucket.owned()) for bucket in flat.trained}
+        self.treatments = {part.name: treatment_of(part, config) for part in flat.stages.parts()}
+        self.alike = {bucket: merged((at, self.treatments[part.name]) for part, _, at in bucket.owned()) for bucket in flat.trained}
         """The ranges of each owned slice, relative to it, whose parts are treated alike."""
 
     def update(self, bucket: Bucket, state: dict[str, Tensor], how: Update) -> None:
@@ -86,9 +85,13 @@ class Optimizer:
     def _pieces(self) -> Iterator[Piece]:
         for bucket in self.flat.buckets:
             yield from bucket.pieces("weight", bucket.master)
-        for name, flats in self.state.items():
-            for bucket, flat in zip(self.flat.trained, flats, strict=True):
-                yield from bucket.pieces(name, flat)
+        for name in self.state:
+            for number in range(len(self.flat.trained)):
+                yield from self.state_pieces(name, number)
+
+    def state_pieces(self, name: str, number: int) -> Iterator[Piece]:
+        """What is owned of a state of the number-th trained bucket."""
+        yield from self.flat.trained[number].pieces(name, self.state[name][number])
 
     def initialise(self, seed: int) -> None:
         """Initial values of all weights, each rank its own slices (contract C8), and fresh states."""

@@ -7,7 +7,6 @@ from abc import abstractmethod
 from torch import Tensor
 
 from teratron.config import OptimConfig
-from teratron.optim.groups import treatment_of
 from teratron.optim.matrices import Matrices
 from teratron.optim.optimizer import Optimizer, Update, cached
 from teratron.parallel.flat import FlatModel
@@ -15,8 +14,6 @@ from teratron.parallel.flat import FlatModel
 
 class Segmented(Optimizer):
     """Subclasses say how a gradient becomes a direction, and how a direction moves the weights."""
-
-    kind = "segmented"
 
     def __init__(self, flat: FlatModel, config: OptimConfig) -> None:
         super().__init__(flat, config)
@@ -33,7 +30,7 @@ class Segmented(Optimizer):
         numbers = self.weigh()
         for bucket, segments in zip(self.flat.trained, self.matrices.segments, strict=True):
             for segment in segments:
-                treatment = treatment_of(segment.part, self.config)
+                treatment = self.treatments[segment.part.name]
                 rate = how.gain(how.lr * treatment.lr, bucket.master)
                 own = numbers[segment.slot].to(bucket.master.dtype)
                 for small in cached(segment.place, bucket.master.device):

@@ -15,6 +15,7 @@ from teratron.models.moe import balance
 from teratron.objectives import Batch, Objective, Tally, Term, build_objective, layer_counts, layer_loads, layer_terms, total_loss
 from teratron.objectives.layers import LAYER_TERMS
 from teratron.optim import build_optimizer
+from teratron.optim.groups import freeze
 from teratron.parallel.context import cut_tokens
 from teratron.parallel.deferral import Deferral, defer
 from teratron.parallel.device import DTYPES
@@ -44,6 +45,7 @@ class Engine:
         self.later = Deferral()
         if config.parallel.schedule in SPLIT and mesh.group("pipeline").size > 1:
             defer(self.stages, self.later)
+        freeze(self.stages, config.optim)
         self.flat = FlatModel(self.stages, mesh, config.parallel, device)
         self.optimizer = build_optimizer(self.flat, config.optim)
         self.channels = Channels.of(mesh)
