@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cases import Keys, assert_layout_invisible, layout
+import torch.distributed as dist
+from cases import Keys, assert_layout_invisible, config_of, layout
 from pairwise import Row, cover
+
+from teratron.parallel.mesh import DATA, Mesh, mesh_sizes
+from teratron.train.engine import Engine
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -89,3 +93,30 @@ ROWS = [*SMALL, *(pytest.param(row, marks=pytest.mark.slow) for row in LARGE)]
 def test_experts(row: Row) -> None:
     """Every two of the factors' values together."""
     assert_layout_invisible(ranks_of(row), keys_of(row), *shape_of(row))
+
+
+def test_all_ranks_make_the_same_groups_where_only_one_stage_has_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router and its balance use groups that the ranks of the other stage have no need of, but must make with all."""
+    keys = {**MOE, **layout(LATE), "model.layers": 4, "model.moe_first_dense": 2, "model.router_balance": "bias"}
+    config, asked = config_of(keys), []
+    for rank in range(8):
+        made: list[tuple[int, ...]] = []
+        monkeypatch.setattr(dist, "new_group", lambda ranks, timeout, made=made: made.append(tuple(ranks)))
+        mesh = Mesh(mesh_sizes(config.parallel, 8), rank)
+        Engine(config, mesh)
+        at_start = len(made)
+        for axes in ((*DATA, "context", "tensor"), (*DATA, "context", "pipeline")):  # of balance and of what is logged
+            mesh.group(*axes)
+        assert len(made) == at_start
+        asked.append(made)
+    assert all(made == asked[0] for made in asked)
+
+
+LATE = "pipeline 2 1f1b x context 2 ring x tensor 2 x sequence"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [LATE, "pipeline 2 1f1b x tensor 2 x sequence"])
+def test_experts_that_only_one_stage_has(name: str) -> None:
+    keys = {**MOE, **layout(name), "model.layers": 4, "model.moe_first_dense": 2, "model.router_balance": "bias"}
+    assert_layout_invisible(8, {**keys, "train.micro_batch": 1})

@@ -21,6 +21,9 @@ AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 """Outermost first: the ranks of the last axis are neighbours, and talk most."""
 DATA = ("replicate", "shard")
 """The axes whose ranks see different samples."""
+TOKENS = (*DATA, "context")
+TOGETHER = (DATA, ("shard", "context"), ("replicate", "context"), TOKENS, ("context", "tensor"), (*TOKENS, "tensor"), (*TOKENS, "pipeline"))
+"""Axes along which groups are made from the beginning: later, ranks that need none would not be there to make them with the others."""
 
 PATIENCE = timedelta(days=7)
 """How long the control and saving groups wait: a rank that has died is noticed at once, by its closed connection."""
@@ -160,7 +163,7 @@ class Mesh:
 
     def __post_init__(self) -> None:
         self.sizes = {axis: self.sizes.get(axis, 1) for axis in AXES}
-        for axes in (*((axis,) for axis in AXES), DATA, ("shard", "context"), ("replicate", "context"), (*DATA, "context"), AXES):
+        for axes in (*((axis,) for axis in AXES), *TOGETHER, AXES):
             self.group(*axes)
 
     @property

@@ -7,7 +7,7 @@ import enum
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -18,13 +18,13 @@ from teratron.checkpoint.agree import agree
 from teratron.checkpoint.background import Background
 from teratron.checkpoint.copies import Copies
 from teratron.checkpoint.format import check_space, saved_pieces
+from teratron.checkpoint.machines import Machines
 from teratron.checkpoint.memory import make_memory_folder, memory_folder, remove_memory
-from teratron.checkpoint.reader import candidates
+from teratron.checkpoint.reader import Candidate
 from teratron.checkpoint.training import remove_old
 from teratron.config import CheckpointConfig, Config, UserError
 from teratron.parallel.boxes import Piece
 from teratron.parallel.mesh import Mesh
-from teratron.parallel.worker import this_worker
 from teratron.train.device import free_memory
 from teratron.train.metrics import Metrics, Silence
 
@@ -63,10 +63,17 @@ class Saver:
     """
 
     def __init__(
-        self, run: Path, config: Config, mesh: Mesh, metrics: Metrics | Silence, say: Callable[[str], None], check: Callable[[], None]
+        self,
+        run: Path,
+        config: Config,
+        mesh: Mesh,
+        machines: Machines,
+        metrics: Metrics | Silence,
+        say: Callable[[str], None],
+        check: Callable[[], None],
     ) -> None:
         """check: raises `UserError` where rank 0 may not write into the run any more."""
-        self.run, self.config, self.mesh = run, config, mesh
+        self.run, self.config, self.mesh, self.machines = run, config, mesh, machines
         self._metrics, self._say, self._check = metrics, say, check
         self._leads = mesh.rank == 0
         self._writer = Background()
@@ -75,6 +82,7 @@ class Saver:
         self._copier = Copier(config.checkpoint, run, metrics, say) if self._leads and config.checkpoint.copy_to else None
         self._interval = Interval(config.checkpoint, say)
         self._memory = memory_folder(run)
+        _ = mesh.saving  # made here and now by all ranks, not by a thread while they make others
 
     @property
     def failed(self) -> bool:
@@ -120,15 +128,15 @@ class Saver:
 
     def _write(self, save: Save, pieces: list[Piece], data: dict[str, str]) -> None:
         """Runs on a thread, with a group of its own."""
-        group, run, config = self.mesh.saving, self.run, self.config
+        group, run, config, machines = self.mesh.saving, self.run, self.config, None
         agree(group, lambda: self._check() if self._leads else None)
         if save.place == Place.MEMORY and self._memory is not None:
-            run = self._memory
+            run, machines = self._memory, self.machines
             config = config.override({"checkpoint.keep": 1, "checkpoint.keep_every": 0})
         tokenizer = self.run / "tokenizer"
         extra = [tokenizer] if tokenizer.is_dir() else []
         layout = {"ranks": self.mesh.world, **self.mesh.sizes, "sharded": config.parallel.shard}
-        save.folder = save_training(run, config, pieces, save.state, extra, group, layout, data)
+        save.folder = save_training(run, config, pieces, save.state, extra, group, layout, data, machines)
         save.seconds = time.perf_counter() - save.begun
 
     def _tell(self, save: Save) -> None:
@@ -148,7 +156,7 @@ class Saver:
             self.finish()
             if self._copier is not None:
                 self._copier.finish()
-            if self._leads:
+            if self.machines.leads:
                 remove_memory(self.run)
         elif isinstance(error, UserError):  # else other ranks may never come, or the user wants to stop at once
             with contextlib.suppress(UserError):
@@ -246,34 +254,32 @@ def snapshot(pieces: list[Piece]) -> list[Piece]:
     return [replace(piece, values=piece.values.detach().to("cpu", copy=True)) for piece in saved_pieces(pieces)]
 
 
-def check_places(run: Path, config: CheckpointConfig, pieces: list[Piece], needed: int, mesh: Mesh) -> None:
-    """Refuse what the first save would stumble over, on any rank. needed: bytes of a checkpoint."""
+def check_places(run: Path, config: CheckpointConfig, pieces: list[Piece], needed: int, machines: Machines) -> None:
+    """Refuse what the first save would stumble over, on any rank; rank 0 goes before the others. needed: bytes of a checkpoint."""
     copied = sum(piece.values.nbytes for piece in saved_pieces(pieces))
     if config.asynchronous and copied > free_memory():
         raise UserError(
             f"checkpoint.asynchronous copies {copied / 2**30:,.1f} GiB of state on each process before it writes them, "
             f"{free_memory() / 2**30:,.1f} GiB are free: write them while training waits, with --no-checkpoint.asynchronous"
         )
-    worker = this_worker()
-    if config.memory_every and worker is not None and worker.local_world < mesh.world:
+    if config.memory_every and not machines.each:
         raise UserError(
-            f"checkpoint.memory_every = {config.memory_every}: the run's {mesh.world} processes are on several machines, whose memory it "
-            "cannot join: leave it out, or set checkpoint.every lower"
+            f"checkpoint.memory_every = {config.memory_every}: the run's {machines.ranks} processes are not spread evenly, one machine "
+            "after the other: start as many on each, in the order of their ranks, or leave it out"
         )
-    if mesh.rank == 0:
+    if machines.rank == 0:
         check_space(run, needed)
-        if config.memory_every:
-            make_memory_folder(run, needed)
+    if config.memory_every and machines.leads:
+        make_memory_folder(run, needed, first=machines.rank == 0)
 
 
-def find_start(run: Path, config: CheckpointConfig, say: Callable[[str], None]) -> Checkpoint | None:
+def find_start(run: Path, config: CheckpointConfig, memory: Iterable[Candidate], say: Callable[[str], None]) -> Checkpoint | None:
     """The newest good checkpoint on disk, in memory or among the copies; damaged ones are named and passed over.
 
     Raises `UserError` when none is good, or when a run that has saved has none any more. What a process has left that was killed before it
     removed older ones is removed.
     """
-    memory = memory_folder(run)
-    others = [*(candidates(memory) if memory else ()), *(Copies(config, run).candidates() if config.copy_to else ())]
+    others = [*memory, *(Copies(config, run).candidates() if config.copy_to else ())]
     found = newest_checkpoint(run, say, others=others)
     if found is not None and found.folder.parent == run / "checkpoints":
         remove_old(run, found.step, config)
