@@ -47,7 +47,7 @@ class Engine:
             defer(self.stages, self.later)
         freeze(self.stages, config.optim)
         self.flat = FlatModel(self.stages, mesh, config.parallel, device)
-        self.optimizer = build_optimizer(self.flat, config.optim)
+        self.optimizer = build_optimizer(self.flat, config.optim, config.train.seed)
         self.channels = Channels.of(mesh)
         self._runtimes: dict[int, Runtime] = {}
         """By the number of micro-batches, which evaluations may have other than steps."""

@@ -40,7 +40,7 @@ def compare_copies(engine: Engine) -> Difference | None:
     """Compare all weights and moments that several ranks hold, bit for bit by their digests; a collective, the same on every rank."""
     held = dict(_held(engine))
     keys = {_key(name, boxes): name for name, boxes in held}
-    digests = torch.stack([digest(values) for values in held.values()]).cpu()
+    digests = torch.tensor(list(map(int, [digest(values) for values in held.values()])), dtype=torch.int64)
     found = _gather(engine.mesh.control, keys, digests)
     different = {key: ranks for key, ranks in found.items() if len(set(ranks.values())) > 1}
     if not different:

@@ -175,7 +175,7 @@ class Interval:
 
     def due(self, step: int) -> bool:
         """Whether one is, after a step; asked after each."""
-        if self._last is None:
+        if self._last is None or self._last >= step:  # the first one here, or the first after the run has gone back
             self._last, self._since = step - 1, time.perf_counter()
         if self.config.every == "auto":
             return step - self._last >= self.every

@@ -18,6 +18,8 @@ import teratron
 from teratron.checkpoint import TrainingState, load_training, open_checkpoint, saved_state
 from teratron.checkpoint.agree import agree
 from teratron.checkpoint.format import checkpoint_bytes
+from teratron.checkpoint.machines import find_machines
+from teratron.checkpoint.memory import memory_checkpoints
 from teratron.checkpoint.reader import Checkpoint
 from teratron.checkpoint.training import check_data
 from teratron.config import Config, UserError
@@ -83,6 +85,7 @@ class Trainer:
         if worker is not None:
             connect(worker, self.device)
         self.mesh = Mesh(sizes, worker.rank if worker else 0, telling())
+        self.machines = find_machines(self.mesh.control, worker)
         self.leads = self.mesh.rank == 0
         """Whether this is the one process that writes and speaks."""
         self._lock: TextIO | None = self._lead(lambda: lock(self.run))
@@ -158,7 +161,8 @@ class Trainer:
 
     def _newest(self, config: Config) -> Checkpoint | None:
         """The newest good checkpoint."""
-        return self._found(lambda: find_start(self.run, config.checkpoint, self.console.say))
+        memory = memory_checkpoints(self.run, self.machines, self.mesh.control, self.console.say)
+        return self._found(lambda: find_start(self.run, config.checkpoint, memory, self.console.say))
 
     def _found(self, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
         """A checkpoint that one rank finds and verifies; the others open it."""
@@ -168,13 +172,19 @@ class Trainer:
 
     def _check(self) -> None:
         """What the first step, the first evaluation and the first checkpoint would stumble over."""
-        self.batch(min(self.state.step + 1, self.config.train.steps))
+        train = self.config.train
+        if train.verify_every and self.device.type == "cuda" and not train.deterministic:
+            raise UserError(
+                f"train.verify_every = {train.verify_every} computes steps twice and compares, which differ on CUDA by its own atomics: "
+                "add --train.deterministic, or leave train.verify_every out"
+            )
+        self.batch(min(self.state.step + 1, train.steps))
         if self.data.valid is not None:
             next(self._valid_batches())
         pieces = self.optimizer.pieces()
         needed = checkpoint_bytes(pieces, self.mesh.control)
         self._lead(lambda: check_sinks(self.config.log))
-        self._together(lambda: check_places(self.run, self.config.checkpoint, pieces, needed, self.mesh))
+        self._first(lambda: check_places(self.run, self.config.checkpoint, pieces, needed, self.machines))
 
     def train(self) -> Result:
         """Train to `train.steps`, evaluating, saving and logging; Ctrl-C saves and returns with `interrupted`."""
@@ -188,7 +198,7 @@ class Trainer:
             else:
                 with self._metrics() as metrics, Interrupt(self.config.train.stop_after) as interrupt:
                     self._announce(metrics)
-                    with Saver(self.run, self.config, self.mesh, metrics, self.console.say, self._check_held) as saver:
+                    with Saver(self.run, self.config, self.mesh, self.machines, metrics, self.console.say, self._check_held) as saver:
                         result = self._loop(metrics, interrupt, saver)
                     self._end(metrics, result)
             self.mesh.doing.at(0)
