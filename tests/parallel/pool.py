@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SIZE = 8
-PATIENCE = 120
+PATIENCE = 240
 """Seconds after which a case hangs."""
 
 

@@ -25,7 +25,7 @@ from teratron.train import engine as engine_module
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-SHORT = timedelta(seconds=4)
+SHORT = timedelta(seconds=10)
 """Long enough for groups to be made on a busy machine."""
 WORKER = """
 import signal, sys
@@ -49,7 +49,7 @@ class Stages:
 def run():
     worker = this_worker()
     connect(worker, torch.device("cpu"))
-    mesh = Mesh({"pipeline": 2}, worker.rank, telling(), timedelta(seconds=4))
+    mesh = Mesh({"pipeline": 2}, worker.rank, telling(), timedelta(seconds=10))
     Runtime(build_schedule("1f1b", 2, 3, 1), Channels.of(mesh), torch.float32, torch.device("cpu")).run(Stages())
     return 0
 

@@ -123,6 +123,7 @@ class Saver:
 
     def finish(self) -> None:
         """Wait until nothing is being written; raises why the last save failed."""
+        self.mesh.doing.at(0)  # which may take longer than any step
         self._writer.join()
         self.poll()
 

@@ -308,6 +308,7 @@ class Trainer:
 
     def _go_back(self, step: int, deviations: float, metrics: Metrics | Silence) -> None:
         """After a loss spike: the state of a checkpoint before the batches that are left out from now on."""
+        self.mesh.doing.at(0)  # verifying and reading may take longer than any step
         before = self.state
         left_out = leave_out(before.left_out, step, self.config.train)
         first = min({*left_out} - {*before.left_out})
