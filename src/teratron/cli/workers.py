@@ -66,4 +66,6 @@ def _check_started(args: argparse.Namespace, worker: Worker, care: Care | None) 
             f"--nproc {args.nproc}: torchrun or srun has started {worker.local_world} processes on this machine; leave --nproc out"
         )
     if care is not None and care.restarts:
-        raise UserError(f"--restarts {care.restarts}: is for --nproc; give torchrun --max-restarts {care.restarts}, or sbatch --requeue")
+        raise UserError(
+            f"--restarts {care.restarts}: is for --nproc; leave it out, and start the same command again, as sbatch --requeue does"
+        )

@@ -93,7 +93,7 @@ class Watchdog(threading.Thread):
         self.blamed = min([rank for rank in late if rank in notes] or late, default=None)
         who = f"{ranks_in_words(late)} did not go on" if late else "all ranks wait for others"
         self.verdict = f"teratron: error: no progress for {self._timeout:g} s: {who}\n{account(beats, notes)}"
-        self._keep(stacks, beats[0].step)
+        self._keep({rank: stacks.get(rank, "") for rank in processes}, beats[0].step)
         kill(processes.values())
 
     def _stacks(self, processes: Mapping[int, int]) -> dict[int, str]:
