@@ -2,8 +2,9 @@
 
     python tools/soak.py --minutes 10
 
-A worker is killed, or one time in five the launcher: then the same command is typed again. Prints the kills, both goodputs, and
-whether every loss and every bit of the state are the same; exits with 1 where they are not.
+A worker is killed, or one time in five the launcher: then the same command is typed again. One kill in five comes while the processes
+still start, the others once they train. Prints the kills, both goodputs, and whether every loss and every bit of the state are the
+same; exits with 1 where they are not.
 """
 
 from __future__ import annotations
@@ -22,21 +23,22 @@ from pathlib import Path
 import torch
 
 from teratron.checkpoint import newest_checkpoint
-from teratron.train.history import History, read_history
+from teratron.train.history import Follower, History, read_history
 
 MODEL = {"model.layers": 2, "model.hidden": 64, "model.heads": 4, "model.seq_length": 64, "model.dropout": 0.1, "data.tokenizer": "bytes"}
 TRAIN = {"train.global_batch": 8, "train.micro_batch": 2, "train.eval_every": 0, "train.eval_batches": 2, "parallel.shard": "optimizer"}
 SAVES = {"checkpoint.every": 25, "log.every": 1000, "log.tensorboard": "false"}
-PROBE = 60
-"""Steps of the run that tells how long a step takes."""
-LAUNCHER = 0.2
-"""How often the launcher is the victim."""
+STEPS = 600
+"""Steps a minute by default: half of what an idle core makes, since the other half goes into starting again and steps made twice."""
+LAUNCHER, STARTING = 0.2, 0.2
+"""How often the launcher is the victim, and how often a kill does not wait until the run has got on."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10, help="how long processes are killed; the run then goes on to its end")
-    parser.add_argument("--every", type=float, default=20, help="seconds between kills on average")
+    parser.add_argument("--every", type=float, default=20, help="seconds of training between kills on average")
+    parser.add_argument("--steps", type=int, help=f"how long the run is (default: {STEPS} a minute)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
@@ -44,11 +46,10 @@ def main() -> int:
         text = folder / "text.txt"
         words = random.Random(0)
         text.write_text("\n".join(" ".join(words.choices(["the", "cat", "sat", "on", "a", "mat"], k=12)) for _ in range(2000)))
-        alone(folder / "probe", text, PROBE)
-        # Half of the time goes into starting again and steps made twice.
-        steps = max(PROBE, round(0.5 * args.minutes * 60 / read_history(folder / "probe" / "metrics.jsonl").median("seconds")))
+        steps = args.steps or round(STEPS * args.minutes)
         print(f"{steps:,} steps of two processes; left alone first", flush=True)
-        alone(folder / "alone", text, steps)
+        if start(folder / "alone", text, steps).wait():
+            sys.exit((folder / "alone.log").read_text())
         kills, seconds = struck(folder / "struck", text, steps, args)
         return verdict(folder / "alone", folder / "struck", kills, seconds)
 
@@ -61,29 +62,30 @@ def start(run: Path, text: Path, steps: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def alone(run: Path, text: Path, steps: int) -> None:
-    if start(run, text, steps).wait():
-        sys.exit(run.with_suffix(".log").read_text())
-
-
 def struck(run: Path, text: Path, steps: int, args: argparse.Namespace) -> tuple[list[str], float]:
     """Kill until the minutes are over or the run has ended; returns the victims and the seconds that it took."""
-    draw, victims, begun = random.Random(args.seed), list[str](), time.monotonic()
+    draw, follower, victims, begun = random.Random(args.seed), Follower(run / "metrics.jsonl"), list[str](), time.monotonic()
     job = start(run, text, steps)
-    while time.monotonic() < begun + args.minutes * 60:
-        try:
-            if job.wait(draw.uniform(0.5, 1.5) * args.every):
-                sys.exit(f"the run gave up:\n{run.with_suffix('.log').read_text()}")
-            break
-        except subprocess.TimeoutExpired:
-            victims.append(kill(job, draw))
-            print(f"{time.monotonic() - begun:5.0f} s: killed {victims[-1]} at step {step_of(run):,}", flush=True)
+    while wait_to_kill(job, follower, draw, args.every) and time.monotonic() < begun + args.minutes * 60:
+        victims.append(kill(job, draw))
+        print(f"{time.monotonic() - begun:5.0f} s: killed a {victims[-1]} after step {follower.update().last('step'):,.0f}", flush=True)
         if victims[-1] == "launcher":
             job.wait()
             job = start(run, text, steps)
     if job.wait():
         sys.exit(run.with_suffix(".log").read_text())
     return victims, time.monotonic() - begun
+
+
+def wait_to_kill(job: subprocess.Popen[bytes], follower: Follower, draw: random.Random, every: float) -> bool:
+    """Until the run has got on for a while, or now and then only for a while; returns whether it still runs."""
+    since, pause = time.time(), draw.uniform(0.5, 1.5) * every
+    end = time.monotonic() + pause if draw.random() < STARTING else math.inf
+    while job.poll() is None and time.monotonic() < end:
+        if end == math.inf and follower.update().clock > since:
+            end = time.monotonic() + pause
+        time.sleep(0.2)
+    return job.poll() is None
 
 
 def kill(job: subprocess.Popen[bytes], draw: random.Random) -> str:
@@ -95,11 +97,6 @@ def kill(job: subprocess.Popen[bytes], draw: random.Random) -> str:
         return "launcher"
     os.kill(draw.choice(workers), signal.SIGKILL)
     return "worker"
-
-
-def step_of(run: Path) -> int:
-    steps = read_history(run / "metrics.jsonl").columns["step"]
-    return int(steps[-1]) if steps else 0
 
 
 def verdict(run: Path, other: Path, kills: list[str], seconds: float) -> int:
