@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from teratron.checkpoint import TrainingState, load_training, open_checkpoint
+from teratron.checkpoint.machines import Machines
 from teratron.checkpoint.manifest import whole
 from teratron.config import Config, UserError
 from teratron.parallel.boxes import Piece
@@ -105,7 +106,7 @@ def ours(place: Path, pieces: list[Piece], asynchronous: bool) -> dict[str, floa
     place.mkdir(exist_ok=True)
     config = Config().override({"checkpoint.asynchronous": asynchronous, "checkpoint.keep": 1})
     notes = Notes()
-    with Saver(place, config, Mesh(), notes, lambda text: None, lambda: None) as saver:
+    with Saver(place, config, Mesh(), Machines(0, 1, 1), notes, lambda text: None, lambda: None) as saver:
         saver.save(Place.DISK, pieces, TrainingState(1), {})
         saver.finish()
     event = notes.event

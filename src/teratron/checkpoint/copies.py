@@ -12,14 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from teratron.checkpoint.format import discard, publish
+from teratron.checkpoint.format import SEAL, discard, publish
 from teratron.checkpoint.reader import Candidate, Checkpoint, folder_step, open_checkpoint
 from teratron.checkpoint.training import surplus
 from teratron.config import CheckpointConfig, UserError
 
 _BLOCK = 2**24
-SEAL = ("manifest.json", "COMPLETE")
-"""Files that are copied last."""
 
 
 class Copies:

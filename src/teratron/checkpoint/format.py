@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from teratron.checkpoint.agree import ALONE, agree, gather_json
+from teratron.checkpoint.machines import Machines, deliver
 from teratron.checkpoint.manifest import StoredPiece, describe_pieces, join_descriptions, plan_pieces
 from teratron.checkpoint.stream import Entry, write_safetensors
 from teratron.config import UserError
@@ -29,6 +30,8 @@ from teratron.parallel.boxes import Piece
 from teratron.parallel.mesh import Group
 
 FORMAT, VERSION = "teratron-checkpoint", 1
+SEAL = ("manifest.json", "COMPLETE")
+"""The files behind which the others stand, and which are written last."""
 _NO_ROOM = {
     errno.ENOSPC: "disk full",
     errno.EDQUOT: "disk quota exceeded",
@@ -37,15 +40,24 @@ _NO_ROOM = {
 
 
 def write_checkpoint(
-    folder: Path, pieces: Iterable[Piece], content: Mapping[str, Any], extra: Iterable[Path] = (), group: Group = ALONE
+    folder: Path,
+    pieces: Iterable[Piece],
+    content: Mapping[str, Any],
+    extra: Iterable[Path] = (),
+    group: Group = ALONE,
+    machines: Machines | None = None,
 ) -> None:
     """Write a checkpoint folder atomically: a collective, in which each rank writes the pieces that it is the first to hold.
 
-    One job at a time writes, which the run's lock sees to; the folder lies on a file system that all ranks share.
+    One job at a time writes, which the run's lock sees to; the folder lies on a file system that all ranks share, or on one of each
+    of `machines`, which then holds the files of its own ranks and a copy of those of the machine before.
 
-    Args: content is JSON for the manifest; extra are small files or folders that are copied in (both are rank 0's). Raises the
-    same `UserError` on all ranks when any of them cannot write; earlier checkpoints stay intact.
+    Args: content is JSON for the manifest; extra are small files or folders that are copied in (both are rank 0's, and the same on
+    every machine). Raises the same `UserError` on all ranks when any of them cannot write; earlier checkpoints stay intact.
     """
+    machines = machines or Machines(group.rank, group.size, group.size)
+    if machines.several:
+        content = gather_json(group, dict(content) if group.rank == 0 else None)[0]
     planned = plan_pieces(saved_pieces(pieces), tensor_file(group.rank))
     tensors = join_descriptions(gather_json(group, describe_pieces(planned)))
     needed = checkpoint_bytes((piece for piece, _ in planned), group)
@@ -53,7 +65,7 @@ def write_checkpoint(
 
     @_refusing(folder, needed)
     def begin() -> None:
-        if group.rank == 0:
+        if machines.leads:
             folder.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(folder.parent)
             check_space(folder.parent, needed)
@@ -65,7 +77,7 @@ def write_checkpoint(
 
     @_refusing(folder, needed)
     def finish() -> None:
-        if group.rank == 0:
+        if machines.leads:
             copied = [_copy(source, partial) for source in extra]
             files = {name: entry for some in (*written, *copied) for name, entry in some.items()}
             _seal(partial, {"format": FORMAT, "version": VERSION, **content, "tensors": tensors, "files": files})
@@ -74,9 +86,11 @@ def write_checkpoint(
     try:
         agree(group, begin)
         written = agree(group, write)
+        if machines.several:
+            deliver(partial, machines.copies(written), group)
         agree(group, finish)
     except UserError:
-        if group.rank == 0:
+        if machines.leads:
             discard(partial)
         raise
 

@@ -61,9 +61,9 @@ class Checkpoint:
         with self.open() as files:
             return {tensor.name.removeprefix(prefix): files.read(tensor.name, whole(tensor.shape)) for tensor in found}
 
-    def verify(self, share: slice = slice(None)) -> None:
-        """Compare every file, or a share of them, with its recorded size and SHA-256; raises `UserError` naming the first that differs."""
-        for name in sorted(self.manifest["files"])[share]:
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Compare every file, or those named, with its recorded size and SHA-256; raises `UserError` naming the first that differs."""
+        for name in sorted(self.manifest["files"]) if names is None else names:
             path, recorded = self.folder / name, self.manifest["files"][name]
             try:
                 if not path.is_file():

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from teratron.checkpoint.agree import ALONE, agree, gather_json
-from teratron.checkpoint.format import write_checkpoint
+from teratron.checkpoint.format import tensor_file, write_checkpoint
+from teratron.checkpoint.machines import Machines
 from teratron.checkpoint.reader import Checkpoint, checkpoint_folders, folder_step, open_checkpoint
 from teratron.checkpoint.tensors import fill_pieces
 from teratron.config import CheckpointConfig, Config, UserError
@@ -51,22 +52,31 @@ def save_training(
     group: Group = ALONE,
     layout: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
+    machines: Machines | None = None,
 ) -> Path:
     """Write `checkpoints/step-NNNNNNNN`, read it back, then remove those beyond `checkpoint.keep`; a collective. Returns the folder.
 
     Args: pieces are what this rank holds of the training state; extra are small files or folders that travel with it, such as
-    the tokenizer; layout and data are JSON that say how the model was cut, for `teratron inspect`, and what was learned from. Raises
-    the same `UserError` on all ranks when it cannot be written.
+    the tokenizer; layout and data are JSON that say how the model was cut, for `teratron inspect`, and what was learned from; machines
+    as `write_checkpoint` takes them. Raises the same `UserError` on all ranks when it cannot be written.
     """
+    machines = machines or Machines(group.rank, group.size, group.size)
     folder = run / "checkpoints" / f"step-{state.step:08d}"
     content = {"step": state.step, "state": asdict(state), "config": tomllib.loads(config.to_toml()), "time": time.time()}
     content["layout"] = dict(layout) if layout is not None else {"ranks": group.size}
     if data is not None:
         content["data"] = dict(data)
-    write_checkpoint(folder, pieces, content, extra, group)
-    agree(group, lambda: open_checkpoint(folder).verify(slice(group.rank, None, group.size)))
-    agree(group, lambda: remove_old(run, state.step, config.checkpoint) if group.rank == 0 else None)
+    write_checkpoint(folder, pieces, content, extra, group, machines)
+    agree(group, lambda: _verify(folder, machines))
+    agree(group, lambda: remove_old(run, state.step, config.checkpoint) if machines.leads else None)
     return folder
+
+
+def _verify(folder: Path, machines: Machines) -> None:
+    """This rank's share of reading back what lies on its machine."""
+    checkpoint = open_checkpoint(folder)
+    elsewhere = {tensor_file(rank) for rank in machines.elsewhere()}
+    checkpoint.verify(machines.share(checkpoint.manifest["files"].keys() - elsewhere))
 
 
 def surplus(steps: Sequence[int], newest: int, config: CheckpointConfig) -> list[int]:
