@@ -26,6 +26,8 @@ MOE: Keys = {
     "model.tie_embeddings": False,
     "train.micro_batch": 2,
 }
+MUON: Keys = {"optim.name": "muon", "model.position": "rope"}
+LAMB: Keys = {"optim.name": "lamb", "model.position": "rope"}
 Ring = list[tuple[int, str]]
 FEW: Ring = [(4, "pipeline 2 zbv x tensor 2"), (4, "context 2 ring x shard parameters"), (1, "")]
 MANY: Ring = [
@@ -72,6 +74,10 @@ def leg(rank: int, ranks: int, keys: Keys, folder: str, step: int) -> Learnt:
     [
         pytest.param(DENSE, FEW, id="dense"),
         pytest.param(MOE, EXPERTS, id="experts"),
+        pytest.param(DENSE | MUON | {"optim.moments": "bf16"}, FEW, id="muon"),
+        pytest.param(DENSE | LAMB, FEW, id="lamb", marks=pytest.mark.slow),
+        pytest.param(MOE | LAMB, EXPERTS, id="lamb with experts", marks=pytest.mark.slow),
+        pytest.param(MOE | MUON, [*EXPERTS, *MANY_EXPERTS], id="muon with experts", marks=pytest.mark.slow),
         pytest.param(DENSE, MANY, id="dense over every axis", marks=pytest.mark.slow),
         pytest.param(MOE, [*EXPERTS, *MANY_EXPERTS], id="experts over every axis", marks=pytest.mark.slow),
     ],

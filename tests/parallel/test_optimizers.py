@@ -15,7 +15,7 @@ NAMES = [name for name in OPTIMIZERS if name != "adamw"]
 BASE: Keys = {"model.dropout": 0.0, "model.position": "rope", "optim.lr": 1e-3, "train.micro_batch": 2}
 MODELS: dict[str, Keys] = {
     "tied": {"model.kv_heads": 2},
-    "apart": {"model.tie_embeddings": False, "model.activation": "swiglu", "model.norm": "rmsnorm"},
+    "apart": {"model.tie_embeddings": False, "model.activation": "swiglu", "model.norm": "rmsnorm", "optim.moments": "bf16"},
     "experts": {"model.experts": 4, "model.expert_ffn": 12, "model.init_std": 0.5, "model.router_balance": "none"},
 }
 LAYOUTS = [

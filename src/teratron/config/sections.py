@@ -251,8 +251,8 @@ class OptimConfig(Section):
 
     section: ClassVar[str] = "optim"
 
-    name: Literal["adamw", "adam", "sgd", "lion", "lamb", "muon"] = key("adamw")
-    """Optimizer: adamw = Adam with decoupled weight decay; adam and sgd add the decay to the gradient (L2); lion, lamb, muon."""
+    name: Literal["adamw", "adam", "sgd", "lion", "lamb", "muon", "adafactor"] = key("adamw")
+    """Optimizer: adamw = Adam with decoupled weight decay; adam and sgd add the decay to the gradient (L2); lion, lamb, muon, adafactor."""
     lr: float = key(3e-4, at_least(0))
     """Highest learning rate."""
     min_lr: float = key(0.0, at_least(0))
@@ -275,6 +275,8 @@ class OptimConfig(Section):
     """Decay rate of the second moment."""
     eps: float = key(1e-8, above(0))
     """Added to the root of the second moment."""
+    moments: Literal["fp32", "bf16"] = key("fp32")
+    """Numbers in which moments are kept: fp32 (those of the master weights), or bf16 with stochastic rounding."""
     momentum: float = key(0.95, between(0, 1))
     """Decay rate of the momentum of sgd and muon."""
     nesterov: bool = key(True)

@@ -54,12 +54,21 @@ def keep_mask(keys: Tensor, features: Tensor, probability: float) -> Tensor:
     Args: keys int32 [...], features int32 (from `feature_keys`) that broadcast against keys[..., None], probability of
     dropping. Returns bool [..., F].
     """
-    # Two multiplications and one xor-shift: the top bits, which the comparison reads, then depend on all 32 bits of both keys.
+    return _crossed(keys, features) >= int(probability * 2**32) - 2**31
+
+
+def short_bits(keys: Tensor, features: Tensor) -> Tensor:
+    """16 random bits for each pair of a key [...] and a feature, int32 [..., F] in [0, 65536)."""
+    return (_crossed(keys, features) >> 16) & 0xFFFF
+
+
+def _crossed(keys: Tensor, features: Tensor) -> Tensor:
+    """A hash of keys[..., None] and features, int32, whose top bits are good."""
+    # Two multiplications and one xor-shift: the top bits then depend on all 32 bits of both keys.
     bits = keys.unsqueeze(-1) ^ features
     bits = bits * -2048144789
     bits = bits ^ (bits >> 15)
-    bits = bits * -1028477387
-    return bits >= int(probability * 2**32) - 2**31
+    return bits * -1028477387
 
 
 @torch.library.custom_op("teratron::feature_keys", mutates_args=())

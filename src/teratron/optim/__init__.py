@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from teratron.config import OptimConfig
+from teratron.optim.adafactor import Adafactor
 from teratron.optim.elementwise import SGD, Adam, AdamW
 from teratron.optim.lamb import Lamb
 from teratron.optim.lion import Lion
@@ -14,10 +15,18 @@ from teratron.parallel.flat import FlatModel
 
 __all__ = ["OPTIMIZERS", "LossScale", "Optimizer", "build_optimizer", "global_norm", "learning_rate"]
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "adam": Adam, "sgd": SGD, "lion": Lion, "lamb": Lamb, "muon": Muon}
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "adamw": AdamW,
+    "adam": Adam,
+    "sgd": SGD,
+    "lion": Lion,
+    "lamb": Lamb,
+    "muon": Muon,
+    "adafactor": Adafactor,
+}
 """By `optim.name`."""
 
 
-def build_optimizer(flat: FlatModel, config: OptimConfig) -> Optimizer:
+def build_optimizer(flat: FlatModel, config: OptimConfig, seed: int = 0) -> Optimizer:
     """The optimizer that `optim.name` asks for."""
-    return OPTIMIZERS[config.name](flat, config)
+    return OPTIMIZERS[config.name](flat, config, seed)

@@ -21,8 +21,8 @@ class Lion(Segmented):
 
     states: ClassVar = ("moment1",)
 
-    def __init__(self, flat: FlatModel, config: OptimConfig) -> None:
-        super().__init__(flat, config)
+    def __init__(self, flat: FlatModel, config: OptimConfig, seed: int = 0) -> None:
+        super().__init__(flat, config, seed)
         device = flat.buckets[0].master.device
         self.tensor_of = torch.tensor(self.matrices.tensor_of, dtype=torch.int64, device=device)
         counts = [torch.Size(shape).numel() for shape in self.matrices.shapes]

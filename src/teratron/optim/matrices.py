@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,23 +44,25 @@ class Matrices:
         """Of every slot."""
         self.tensor_of: list[int] = []
         """The parameter, by number, that a slot is of: fused parts share one."""
-        starts, parameters = dict[str, int](), list(dict.fromkeys(part.parameter for part in parts))
+        self.starts: dict[str, int] = {}
+        """The first slot of each part."""
+        parameters = list(dict.fromkeys(part.parameter for part in parts))
         for part in parts:
             stack = part.shape[0] if len(part.shape) > 2 else 1
-            starts[part.name] = len(self.shapes)
+            self.starts[part.name] = len(self.shapes)
             self.shapes += [part.shape[-2:]] * stack
             self.tensor_of += [parameters.index(part.parameter)] * stack
-        self.tied = [starts[part.name] for part in parts if part.holders > 1]
-        self.segments = [list(self._segments(number, starts)) for number in range(len(flat.trained))]
+        self.tied = [self.starts[part.name] for part in parts if part.holders > 1]
+        self.segments = [list(self._segments(number)) for number in range(len(flat.trained))]
         """Of every trained bucket."""
 
-    def _segments(self, number: int, starts: dict[str, int]) -> Iterator[Segment]:
+    def _segments(self, number: int) -> Iterator[Segment]:
         bucket = self.flat.trained[number]
         same = bucket.sharding.copies
         for part, boxes, place in bucket.owned():
             first = same.rank == 0 and (part.first or part.holders > 1)
             for slot, inner, within in _by_matrix(boxes, place, len(part.shape) > 2):
-                yield Segment(part, starts[part.name] + slot, inner, within, part.copies * same.size, first)
+                yield Segment(part, self.starts[part.name] + slot, inner, within, part.copies * same.size, first)
 
     def squares(self, *kinds: Sequence[Tensor]) -> Tensor:
         """Sums of squares over whole matrices, float64 [kinds, slots], the same on all ranks.
@@ -84,6 +86,16 @@ class Matrices:
             self.flat.tied.sum(theirs).wait()
             sums[..., slot] = theirs
         return sums
+
+
+def packed(segments: Iterable[Segment]) -> list[tuple[Segment, slice]]:
+    """Each segment with its place where they lie one behind the other."""
+    found, start = list[tuple[Segment, slice]](), 0
+    for segment in segments:
+        stop = start + segment.place.stop - segment.place.start
+        found.append((segment, slice(start, stop)))
+        start = stop
+    return found
 
 
 def square(flat: Tensor) -> Tensor:

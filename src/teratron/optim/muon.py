@@ -14,7 +14,7 @@ from teratron.models.head import LanguageHead
 from teratron.models.leaves import Embedding
 from teratron.optim.elementwise import AdamW
 from teratron.optim.groups import Treatment
-from teratron.optim.matrices import Matrices, Segment
+from teratron.optim.matrices import Matrices, Segment, packed
 from teratron.optim.optimizer import Update, cached
 from teratron.optim.ownership import Ownership
 from teratron.parallel.boxes import Piece
@@ -31,8 +31,8 @@ LEAST = 1e-7
 class Muon(AdamW):
     """Embeddings, output projections, norms and biases are AdamW's, with `optim.adam_lr`. Fused parts are matrices of their own."""
 
-    def __init__(self, flat: FlatModel, config: OptimConfig) -> None:
-        super().__init__(flat, config)
+    def __init__(self, flat: FlatModel, config: OptimConfig, seed: int = 0) -> None:
+        super().__init__(flat, config, seed)
         self.matrices = Matrices(flat)
         self.tables = {
             f"{path}.{name}"
@@ -41,10 +41,10 @@ class Muon(AdamW):
             for name, _ in module.named_parameters(recurse=False)
         }
         self.ownership = Ownership(self.matrices, self.orthogonal, flops)
-        self.rest = [_packed(segment for segment in segments if not self.orthogonal(segment)) for segments in self.matrices.segments]
+        self.rest = [packed(segment for segment in segments if not self.orthogonal(segment)) for segments in self.matrices.segments]
         """Of every trained bucket what is AdamW's, with its place in the second moments, of which there are no others."""
         self.state["moment2"] = [
-            bucket.master.new_zeros(sum(s.place.stop - s.place.start for s, _ in rest))
+            self.fresh(bucket, sum(s.place.stop - s.place.start for s, _ in rest))
             for bucket, rest in zip(flat.trained, self.rest, strict=True)
         ]
 
@@ -52,21 +52,22 @@ class Muon(AdamW):
         """Whether a matrix is Muon's."""
         return len(segment.part.shape) > 1 and segment.part.parameter not in self.tables
 
-    def state_pieces(self, name: str, number: int) -> Iterator[Piece]:
+    def state_pieces(self, name: str, number: int, flat: Tensor) -> Iterator[Piece]:
         if name == "moment1":
-            yield from super().state_pieces(name, number)
+            yield from super().state_pieces(name, number, flat)
             return
         first = self.flat.trained[number].sharding.copies.rank == 0
         for segment, place in self.rest[number]:
-            part, values = segment.part, self.state[name][number][place]
-            yield Piece(f"{name}/{part.name}", part.shape, segment.boxes, values, part.first and first)
+            part = segment.part
+            yield Piece(f"{name}/{part.name}", part.shape, segment.boxes, flat[place], part.first and first)
 
     def advance(self, how: Update) -> None:
         for number, bucket in enumerate(self.flat.trained):
             how.clean(bucket.gradient)
-            self.adapt(bucket, number, how)
-        for number, segment in self.ownership.mine:
-            self.gather_speed(self.flat.trained[number], self.state["moment1"][number], segment.place, how)
+            with self.opened(number, how) as state:
+                self.adapt(bucket, self.rest[number], state, how)
+                for segment in (segment for own, segment in self.ownership.mine if own == number):
+                    self.gather_speed(bucket, state["moment1"], segment.place, how)
         if not self.flat.trained:
             return
         master = self.flat.trained[0].master
@@ -76,15 +77,14 @@ class Muon(AdamW):
         for number, segment in self.ownership.mine:
             self.move(self.flat.trained[number], segment, how)
 
-    def adapt(self, bucket: Bucket, number: int, how: Update) -> None:
+    def adapt(self, bucket: Bucket, rest: list[tuple[Segment, slice]], state: dict[str, Tensor], how: Update) -> None:
         """AdamW on what is not Muon's."""
         factor = self.config.adam_lr / self.config.lr if self.config.adam_lr else 1.0
         options: dict[str, Any] = {"found_inf": how.skip, "maximize": False}
-        for segment, place in self.rest[number]:
+        for segment, place in rest:
             treatment = self.treatments[segment.part.name]
-            moments = self.state["moment1"][number][segment.place], self.state["moment2"][number][place]
-            held = [[tensor] for tensor in (bucket.master[segment.place], bucket.gradient[segment.place], *moments)]
-            self.run(held, Treatment(treatment.lr * factor, treatment.decay), how, options)
+            flats = bucket.master[segment.place], bucket.gradient[segment.place], state["moment1"][segment.place], state["moment2"][place]
+            self.run([[flat] for flat in flats], Treatment(treatment.lr * factor, treatment.decay), how, options)
 
     def gather_speed(self, bucket: Bucket, moments: Tensor, place: slice, how: Update) -> None:
         """The momentum, and in the gradient's place what is to be made orthogonal."""
@@ -124,13 +124,3 @@ def scale(shape: tuple[int, ...], config: OptimConfig) -> float:
 def flops(shape: tuple[int, ...]) -> float:
     """Of `orthogonalised`, up to a factor."""
     return math.prod(shape) * min(shape) + 0.5 * float(min(shape)) ** 3
-
-
-def _packed(segments: Iterator[Segment]) -> list[tuple[Segment, slice]]:
-    """Each with its place when they lie one behind the other."""
-    found, start = list[tuple[Segment, slice]](), 0
-    for segment in segments:
-        stop = start + segment.place.stop - segment.place.start
-        found.append((segment, slice(start, stop)))
-        start = stop
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from teratron.config import OptimConfig
 from teratron.models import initial_values
 from teratron.optim.groups import treatment_of
 from teratron.optim.matrices import square
+from teratron.optim.rounding import round_into
 from teratron.parallel.boxes import Piece
 from teratron.parallel.buckets import Bucket, merged
 from teratron.parallel.flat import FlatModel
@@ -48,12 +50,18 @@ class Optimizer:
     states: ClassVar[tuple[str, ...]]
     """Names of the tensors that it keeps for every part."""
 
-    def __init__(self, flat: FlatModel, config: OptimConfig) -> None:
-        self.flat, self.config = flat, config
-        self.state = {name: [torch.zeros_like(bucket.master) for bucket in flat.trained] for name in self.states}
+    def __init__(self, flat: FlatModel, config: OptimConfig, seed: int = 0) -> None:
+        """seed: of what is drawn in updates."""
+        self.flat, self.config, self.seed = flat, config, seed
+        self.state = {name: [self.fresh(bucket, bucket.share) for bucket in flat.trained] for name in self.states}
         self.treatments = {part.name: treatment_of(part, config) for part in flat.stages.parts()}
         self.alike = {bucket: merged((at, self.treatments[part.name]) for part, _, at in bucket.owned()) for bucket in flat.trained}
         """The ranges of each owned slice, relative to it, whose parts are treated alike."""
+
+    def fresh(self, bucket: Bucket, count: int) -> Tensor:
+        """A state of so many zeros, in the numbers that `optim.moments` asks for."""
+        dtype = torch.bfloat16 if self.config.moments == "bf16" else bucket.master.dtype
+        return bucket.master.new_zeros(count, dtype=dtype)
 
     def update(self, bucket: Bucket, state: dict[str, Tensor], how: Update) -> None:
         """Change a bucket's master by its gradient, which may be overwritten."""
@@ -61,8 +69,20 @@ class Optimizer:
 
     def advance(self, how: Update) -> None:
         """Change all masters: bucket by bucket, where one needs to know nothing of another."""
-        for place, bucket in enumerate(self.flat.trained):
-            self.update(bucket, {name: flats[place] for name, flats in self.state.items()}, how)
+        for number, bucket in enumerate(self.flat.trained):
+            with self.opened(number, how) as state:
+                self.update(bucket, state, how)
+
+    @contextmanager
+    def opened(self, number: int, how: Update) -> Iterator[dict[str, Tensor]]:
+        """The states of the number-th trained bucket in its master's numbers; changes to them are kept."""
+        exact = self.flat.trained[number].master.dtype
+        state = {name: flats[number].to(exact) for name, flats in self.state.items()}
+        yield state
+        for name, flats in self.state.items():
+            if flats[number].dtype != exact:
+                for kept, changed in zip(*(self.state_pieces(name, number, flat) for flat in (flats[number], state[name])), strict=True):
+                    round_into(kept, changed.values, self.seed, how.number)
 
     def step(self, number: int, lr: float, loss_scale: float = 1.0) -> Tensor:
         """Clip, update, publish, clear the gradients; returns the norm before clipping, a float64 scalar, the same on every rank.
@@ -87,11 +107,11 @@ class Optimizer:
             yield from bucket.pieces("weight", bucket.master)
         for name in self.state:
             for number in range(len(self.flat.trained)):
-                yield from self.state_pieces(name, number)
+                yield from self.state_pieces(name, number, self.state[name][number])
 
-    def state_pieces(self, name: str, number: int) -> Iterator[Piece]:
-        """What is owned of a state of the number-th trained bucket."""
-        yield from self.flat.trained[number].pieces(name, self.state[name][number])
+    def state_pieces(self, name: str, number: int, flat: Tensor) -> Iterator[Piece]:
+        """What is owned of a state of the number-th trained bucket; flat: the state, or something of its shape."""
+        yield from self.flat.trained[number].pieces(name, flat)
 
     def initialise(self, seed: int) -> None:
         """Initial values of all weights, each rank its own slices (contract C8), and fresh states."""

@@ -15,18 +15,12 @@ from teratron.parallel.flat import FlatModel
 class Segmented(Optimizer):
     """Subclasses say how a gradient becomes a direction, and how a direction moves the weights."""
 
-    def __init__(self, flat: FlatModel, config: OptimConfig) -> None:
-        super().__init__(flat, config)
+    def __init__(self, flat: FlatModel, config: OptimConfig, seed: int = 0) -> None:
+        super().__init__(flat, config, seed)
         self.matrices = Matrices(flat)
 
     def advance(self, how: Update) -> None:
-        for number, bucket in enumerate(self.flat.trained):
-            state = [flats[number] for flats in self.state.values()]
-            for place, treatment in self.alike[bucket]:
-                for small in cached(place, bucket.master.device):
-                    how.clean(bucket.gradient[small])
-                    held = [tensor[small] for tensor in state]
-                    self.direct(bucket.gradient[small], held, bucket.master[small], treatment.decay, how)
+        self.turn(how)
         numbers = self.weigh()
         for bucket, segments in zip(self.flat.trained, self.matrices.segments, strict=True):
             for segment in segments:
@@ -36,9 +30,19 @@ class Segmented(Optimizer):
                 for small in cached(segment.place, bucket.master.device):
                     self.move(bucket.master[small], bucket.gradient[small], own, rate, treatment.decay)
 
-    @abstractmethod
+    def turn(self, how: Update) -> None:
+        """Put directions in the gradients' place, and change the states."""
+        for number, bucket in enumerate(self.flat.trained):
+            with self.opened(number, how) as state:
+                for place, treatment in self.alike[bucket]:
+                    for small in cached(place, bucket.master.device):
+                        how.clean(bucket.gradient[small])
+                        held = [tensor[small] for tensor in state.values()]
+                        self.direct(bucket.gradient[small], held, bucket.master[small], treatment.decay, how)
+
     def direct(self, gradient: Tensor, state: list[Tensor], weight: Tensor, decay: float, how: Update) -> None:
-        """Change the states, and put the direction in the gradient's place; all are ranges of the same elements."""
+        """The same for ranges of the same elements; for those whose `turn` is this one."""
+        raise NotImplementedError
 
     @abstractmethod
     def weigh(self) -> Tensor:

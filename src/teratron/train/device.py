@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from teratron.config import Config, UserError
 from teratron.models import Model
 from teratron.models.blocks import Block
+from teratron.optim import OPTIMIZERS
 from teratron.parallel.device import DTYPES
 from teratron.parallel.mesh import Mesh
 from teratron.parallel.stages import cut_stages
@@ -58,7 +59,7 @@ def _processor() -> str:
 
 
 def check_memory(config: Config, mesh: Mesh, device: torch.device) -> None:
-    """Refuse a model whose state alone exceeds the memory here: this rank's weights, gradients, masters and two moments."""
+    """Refuse a model whose state alone exceeds the memory here: this rank's weights, gradients, masters and moments."""
     count = sum(math.prod(part.size) for part in cut_stages(config.model, mesh, config.parallel).parts())
     needed = count * state_bytes(config, mesh.group("shard", "context").size)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
@@ -76,7 +77,8 @@ def state_bytes(config: Config, owners: int) -> float:
     exact = max(weight, 4)
     half = weight < exact
     shared = {"none": 0, "optimizer": 1, "gradients": 2, "parameters": 3}[config.parallel.shard]
-    optimizer = (2 * exact + exact * half) / (owners if shared >= 1 else 1)
+    moments = len(OPTIMIZERS[config.optim.name].states) * (2 if config.optim.moments == "bf16" else exact)
+    optimizer = (moments + exact * half) / (owners if shared >= 1 else 1)
     gradients = (exact + weight * half) / 1 if shared < 2 else exact / owners
     return optimizer + gradients + weight / (owners if shared >= 3 else 1)
 
