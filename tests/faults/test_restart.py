@@ -206,7 +206,6 @@ def test_a_worker_that_hangs_is_named_and_replaced(text: Path, undisturbed: Path
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(run=False, reason="torchrun starts the ranks again from the checkpoint, but they were not seen to make the next step")
 def test_torchrun_replaces_a_killed_worker_as_well(text: Path, undisturbed: Path, tmp_path: Path) -> None:
     line = [argument for argument in command(text, tmp_path / "run") if argument != "--nproc=2"]
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "--", "teratron")

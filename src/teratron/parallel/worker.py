@@ -143,7 +143,7 @@ def connect(worker: Worker, device: torch.device, timeout: timedelta = TIMEOUT) 
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, rank=worker.rank, world_size=worker.world, timeout=timeout)
+        dist.init_process_group(backend, store=_meeting(worker, timeout), rank=worker.rank, world_size=worker.world, timeout=timeout)
     except (dist.DistError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).partition("\n")[0]
@@ -151,6 +151,15 @@ def connect(worker: Worker, device: torch.device, timeout: timedelta = TIMEOUT) 
             f"rank {worker.rank} of {worker.world} could not join the others at MASTER_ADDR:MASTER_PORT = {where}: {reason}; "
             "check that all were started, and that this address reaches the first one"
         ) from error
+
+
+def _meeting(worker: Worker, timeout: timedelta) -> Any:
+    """Where the ranks find each other. A torchrun that starts ranks again keeps its store, in which the dead have left their addresses."""
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # torch declares it in C++
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", worker.rank, worker.world, timeout=timeout))
+    return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def disconnect() -> None:
