@@ -19,6 +19,8 @@ GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 _LATER = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CUTTABLE_SPLITS = (GPT2_SPLIT, _LATER % "{1,3}", _LATER % "")
 """Regular expressions (GPT-2; GPT-4 and Llama 3; Qwen) that the cut rule `word` was derived for."""
+MOST_IDS = 1 << 24
+"""The package writes a tokenizer out through every id up to the largest: one far off fills memory until the process is aborted."""
 EOD_GUESSES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 
 
@@ -153,6 +155,9 @@ def byte_level(model: Any) -> Engine:
 def _made(engine: Engine, file: Path, eod: str) -> HuggingFaceTokenizer:
     if not engine.get_vocab_size():
         raise UserError(f"tokenizer {file}: its vocabulary is empty; copy it again")
+    largest = max(engine.get_vocab(with_added_tokens=True).values())
+    if largest >= MOST_IDS:
+        raise UserError(f"tokenizer {file}: token id {largest}, expected ids below {MOST_IDS}: the file is damaged; copy it again")
     return HuggingFaceTokenizer(engine, eod, configured_eod(file.with_name("tokenizer_config.json")))
 
 
