@@ -32,6 +32,7 @@ RELATED = (
     "optim.min_loss_scale",
     "model.norm_eps",
     "checkpoint.failures_per_day",
+    "train.spike",
     "data.text",
     "data.valid",
 )
