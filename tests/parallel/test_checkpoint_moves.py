@@ -14,7 +14,7 @@ from teratron.checkpoint import TrainingState, load_training, newest_checkpoint,
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-DENSE: Keys = {"model.layers": 4, "model.kv_heads": 2, "model.attention_dropout": 0.2, "train.micro_batch": 2}
+DENSE: Keys = {"model.layers": 4, "model.kv_heads": 2, "model.attention_dropout": 0.3, "train.micro_batch": 2}
 MOE: Keys = {
     "model.layers": 4,
     "model.experts": 4,

@@ -79,7 +79,7 @@ class RingAttention(AttentionCore):
         of_head = feature_keys(self.site + 1, heads * self.shares, q.device)[self.place * heads :][:heads]
         of_column = feature_keys(self.site + 2, total, q.device)[places][columns]
         keep = keep_mask(keys[:, None, queries] ^ of_head[:, None], of_column, self.dropout)
-        return Meeting(queries, columns, mask, keep * (1 / (1 - self.dropout)))
+        return Meeting(queries, columns, mask, keep.to(accurate(q.dtype)) * (1 / (1 - self.dropout)))
 
 
 @dataclass(frozen=True)
