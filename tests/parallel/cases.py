@@ -33,7 +33,7 @@ KEYS: Keys = {
     "model.vocab_size": VOCAB,
     "model.vocab_multiple": 4,
     "model.init_std": 0.3,
-    "model.dropout": 0.3,
+    "model.dropout": 0.2,
     "optim.lr": 1e-2,
     "optim.clip": 0.1,
     "train.global_batch": 8,

@@ -73,7 +73,7 @@ def keys_of(row: Row) -> dict[str, Any]:
     every = 2 if row["recompute"] == "every 2nd" else 1
     return keys | {
         **MODELS[row["model"]],
-        "model.dropout": 0.3 if row["dropout"] else 0.0,
+        "model.dropout": 0.2 if row["dropout"] else 0.0,
         "model.attention_dropout": 0.3 if row["dropout"] == "attention too" else 0.0,
         "objective.label_smoothing": row["smoothing"],
         "train.micro_batch": row["micro_batch"],
