@@ -51,10 +51,10 @@ def test_raw_text_is_prepared_with_each_kind_of_tokenizer(
 ) -> None:
     data = opened(tiny(text, data__tokenizer=spec), tmp_path / "run")
     tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
-    assert (tokenizer.kind, data.vocab_size, data.eod is not None) == (kind, vocab_size, has_eod)
+    assert (tokenizer.kind, data.special.vocab_size, data.special.eod is not None) == (kind, vocab_size, has_eod)
     tokens = IndexedDataset(tmp_path / "run" / "data" / "text").tokens
     if has_eod:
-        assert tokens[-1] == data.eod
+        assert tokens[-1] == data.special.eod
         tokens = tokens[:-1]
     assert tokenizer.decode(tokens.tolist()) == text.read_text()
     assert data.train_tokens + data.valid_tokens + 1 == len(tokens) + has_eod, "the first held-out token is no target"
@@ -63,18 +63,18 @@ def test_raw_text_is_prepared_with_each_kind_of_tokenizer(
 def test_the_tokenizer_may_be_a_file(text: Path, tmp_path: Path) -> None:
     load_tokenizer("bytes").save(tmp_path / "mine")
     data = opened(tiny(text, data__tokenizer=str(tmp_path / "mine" / "bytes.json")), tmp_path / "run")
-    assert data.vocab_size == 257
+    assert data.special.vocab_size == 257
 
 
 def test_without_a_word_the_tokenizer_is_a_bpe_of_the_model_s_size(text: Path, tmp_path: Path) -> None:
     said: list[str] = []
     data = opened(tiny(text, data__tokenizer="", model__vocab_size=280), tmp_path / "run", said)
     assert said[0] == "training a byte-level BPE tokenizer of 280 tokens on data.text"
-    assert data.vocab_size == 280
+    assert data.special.vocab_size == 280
 
 
 def test_a_model_may_have_more_ids_than_the_tokenizer(text: Path, tmp_path: Path) -> None:
-    assert opened(tiny(text, model__vocab_size=64), tmp_path / "run").vocab_size == 64
+    assert opened(tiny(text, model__vocab_size=64), tmp_path / "run").special.vocab_size == 64
 
 
 def test_the_second_time_nothing_is_prepared(text: Path, tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ def test_folders_and_several_files_are_one_text(tmp_path: Path) -> None:
 
 def test_a_prepared_set_brings_its_tokenizer(text: Path, tmp_path: Path) -> None:
     data = opened(prepared_config(bytes_set(tmp_path / "set", text)), tmp_path / "run")
-    assert (data.vocab_size, data.eod) == (257, 256)
+    assert (data.special.vocab_size, data.special.eod) == (257, 256)
     assert load_tokenizer(tmp_path / "run" / "tokenizer").kind == "bytes", "the run can be used without the data"
 
 
 def test_a_set_that_says_nothing_needs_a_size_or_a_tokenizer(tmp_path: Path) -> None:
     prefix = plain_set(tmp_path / "set")
-    assert opened(prepared_config(prefix, model__vocab_size=100), tmp_path / "a").eod is None
-    assert opened(prepared_config(prefix, data__tokenizer="bytes"), tmp_path / "b").eod == 256
+    assert opened(prepared_config(prefix, model__vocab_size=100), tmp_path / "a").special.eod is None
+    assert opened(prepared_config(prefix, data__tokenizer="bytes"), tmp_path / "b").special.eod == 256
     with pytest.raises(UserError, match=r"set data\.tokenizer or model\.vocab_size"):
         opened(prepared_config(prefix), tmp_path / "c")
 

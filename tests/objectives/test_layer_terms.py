@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from teratron.config import ModelConfig, ObjectiveConfig
+from teratron.config import Config, ModelConfig
 from teratron.models import Model, build_model, initialise
 from teratron.objectives import Batch, build_objective, layer_counts, layer_loads, layer_terms, total_loss
 
@@ -50,7 +50,7 @@ def batch_of(samples: int, padded: bool = True) -> Batch:
 
 def learned(config: ModelConfig, sizes: list[int]) -> tuple[dict[str, float], list[Tensor], dict[str, Tensor]]:
     """Sums of terms, gradients and loads of one global batch as micro-batches of these sizes."""
-    model, objective, batch = made(config), build_objective(ObjectiveConfig()), batch_of(sum(sizes))
+    model, objective, batch = made(config), build_objective(Config()), batch_of(sum(sizes))
     counts = objective.counts(batch) | layer_counts(model, batch)
     sums: dict[str, float] = {}
     loads: dict[str, Tensor] = {}
@@ -105,7 +105,7 @@ def test_two_streams_count_their_sequences_once_and_their_tokens_together() -> N
 
 def test_weights_are_the_configs_in_training_and_nothing_in_evaluation() -> None:
     model, batch = made(CONFIG), batch_of(3)
-    state = model(build_objective(ObjectiveConfig()).inputs(batch))
+    state = model(build_objective(Config()).inputs(batch))
     assert {term.name: term.weight for term in layer_terms(model, state)} == {"aux_loss": 0.7, "z_loss": 0.3}
     told = layer_terms(model, state, training=False)
     assert {term.name: term.weight for term in told} == {"aux_loss": 0.0, "z_loss": 0.0}
@@ -114,6 +114,6 @@ def test_weights_are_the_configs_in_training_and_nothing_in_evaluation() -> None
 
 def test_a_dense_model_adds_nothing() -> None:
     model, batch = made(ModelConfig(layers=1, hidden=16, heads=2, seq_length=8, vocab_size=30)), batch_of(3)
-    state = model(build_objective(ObjectiveConfig()).inputs(batch))
+    state = model(build_objective(Config()).inputs(batch))
     assert set(state) == {"hidden"}
     assert (layer_counts(model, batch), layer_terms(model, state), layer_loads(state)) == ({}, [], {})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from teratron.config import ModelConfig, ObjectiveConfig
+from teratron.config import Config, ModelConfig
 from teratron.models import Model, build_model, initialise
 from teratron.objectives import Batch, Objective, Term, build_objective, total_loss
 
@@ -31,7 +31,7 @@ def batch_of(samples: int) -> Batch:
 def made() -> tuple[Model, Objective]:
     model = build_model(CONFIG, dtype=torch.float64)
     initialise(model, 1)
-    return model, build_objective(ObjectiveConfig())
+    return model, build_objective(Config())
 
 
 def loss_and_gradients(sizes: list[int]) -> tuple[Tensor, list[Tensor]]:
@@ -75,7 +75,7 @@ def test_the_loss_is_the_weighted_mean_and_not_the_mean_of_means() -> None:
 def test_label_smoothing_is_torchs(smoothing: float) -> None:
     """Over the vocabulary without its padding, each token by its weight."""
     model, batch = made()[0], batch_of(6)
-    objective = build_objective(ObjectiveConfig(label_smoothing=smoothing))
+    objective = build_objective(Config().override({"objective.label_smoothing": smoothing}))
     state = model(objective.inputs(batch))
     found = total_loss(objective.terms(model, state, batch), objective.counts(batch))
     logits, targets = model.head.output(state["hidden"]).flatten(0, 1), batch["targets"].flatten()
@@ -91,7 +91,7 @@ def test_label_smoothing_is_torchs(smoothing: float) -> None:
 
 def test_counts_are_exact_however_the_global_batch_is_cut() -> None:
     batch = batch_of(64)
-    objective = build_objective(ObjectiveConfig())
+    objective = build_objective(Config())
     whole = objective.counts(batch)["next_token"]
     parts = sum(float(objective.counts({"weights": part})["next_token"]) for part in batch["weights"].split(5))
     assert parts == pytest.approx(whole.item(), rel=1e-15)
@@ -112,5 +112,5 @@ def test_inputs_hold_what_the_model_reads_and_nothing_else() -> None:
 
 
 def test_a_range_of_units_without_head_has_no_terms() -> None:
-    model, objective = build_model(CONFIG, range(1)), build_objective(ObjectiveConfig())
+    model, objective = build_model(CONFIG, range(1)), build_objective(Config())
     assert objective.terms(model, {"hidden": torch.zeros(1, 8, 16)}, batch_of(1)) == []

@@ -20,7 +20,7 @@ from parity import assert_parity
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from teratron.config import ModelConfig
+from teratron.config import Config, ModelConfig
 from teratron.models import GPT, build_model, initialise, parts_of
 from teratron.objectives import Batch, NextToken, total_loss
 
@@ -96,7 +96,7 @@ def by_part(model: GPT, of_gradient: bool) -> dict[str, Tensor]:
 
 def ours(model: GPT) -> dict[str, Tensor]:
     """Logits, loss and gradients of the single process."""
-    objective, given = NextToken(), batch()
+    objective, given = NextToken(Config()), batch()
     state = model(objective.inputs(given))
     assert model.head is not None
     loss = total_loss(objective.terms(model, state, given), objective.counts(given))

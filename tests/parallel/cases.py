@@ -92,7 +92,7 @@ def engine_of(rank: int, ranks: int, keys: dict[str, Any]) -> Engine:
     """One rank's engine, its weights initialised."""
     config = config_of(keys)
     check_layout(config.model, config.parallel)
-    engine = Engine(config, Mesh(mesh_sizes(config.parallel, ranks), rank), objective=AnyFamily(config.objective.label_smoothing))
+    engine = Engine(config, Mesh(mesh_sizes(config.parallel, ranks), rank), objective=AnyFamily(config))
     engine.optimizer.initialise(config.train.seed)
     return engine
 

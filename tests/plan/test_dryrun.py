@@ -212,7 +212,7 @@ def real(rank: int, ranks: int, keys: dict[str, Any]) -> tuple[dict[str, int], d
         label_state(meter, engine)
         engine.flat.publish()
         state = {kind: meter.now.memory[kind] for kind in ("weights", "gradients", "optimizer")}
-        batch = fake_batch(config, config.train.global_batch // engine.mesh.data.size)
+        batch = fake_batch(engine.objective, config, config.train.global_batch // engine.mesh.data.size)
         meter.label("batch", batch.values())
         meter.restart()
         engine.step(batch, step=1, number=1, lr=1e-3)

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from teratron.config.errors import UserError, nearest
+from teratron.config.fits import check_fit
 from teratron.config.keys import coerce, kind_of
 from teratron.config.sections import (
     CheckpointConfig,
@@ -59,8 +60,7 @@ class Config:
 
     def __post_init__(self) -> None:
         optim, steps = self.optim, self.train.steps
-        if self.objective.name == "next_token" and self.model.family != "gpt":
-            raise UserError(f"objective.name = next_token learns a decoder, model.family is {self.model.family}: choose model.family gpt")
+        check_fit(self.objective.name, self.model.family)
         if self.train.spike_zscore and (self.checkpoint.every == 0 or self.checkpoint.keep == 1):
             name = "every" if self.checkpoint.every == 0 else "keep"
             raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from teratron.config import UserError
 from teratron.data.tok_huggingface import HuggingFaceTokenizer, byte_level
@@ -14,17 +14,20 @@ LARGEST = 1 << 24
 """Far beyond any vocabulary in use; the trainer reserves memory for all of it at once."""
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, reserved: Sequence[str] = ()) -> Tokenizer:
     """A byte-level BPE with GPT-2's splitting into words (Radford et al. 2019), learned from texts.
 
-    Id 0 is <|endoftext|>, then come the 256 bytes, then merges of pairs seen at least twice: a small corpus may yield fewer
-    than `vocab_size` tokens. The same texts in the same order give the same tokenizer. Memory grows with the number of
-    distinct words, not with the length of the texts. Raises `UserError` for a size below 257 or above 2**24, and when there is no text.
+    Id 0 is <|endoftext|>, then come the `reserved` tokens, which no text has, the 256 bytes, then merges of pairs seen at least
+    twice: a small corpus may yield fewer than `vocab_size` tokens. The same texts in the same order give the same tokenizer.
+    Memory grows with the number of distinct words, not with the length of the texts.
+
+    Raises `UserError` for a size below 257 or above 2**24, and when there is no text.
     """
     from tokenizers import models, pre_tokenizers, trainers
 
-    if vocab_size < SMALLEST:
-        raise UserError(f"vocab size = {vocab_size}: expected at least {SMALLEST}, the 256 bytes and {END_OF_TEXT}")
+    if vocab_size < SMALLEST + len(reserved):
+        others = f" and {len(reserved)} more special tokens" if reserved else ""
+        raise UserError(f"vocab size = {vocab_size}: expected at least {SMALLEST + len(reserved)}, the 256 bytes, {END_OF_TEXT}{others}")
     if vocab_size > LARGEST:
         raise UserError(f"vocab size = {vocab_size}: expected at most {LARGEST:,}, such as 50257")
     engine = byte_level(models.BPE())
@@ -32,7 +35,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         min_frequency=2,
         show_progress=False,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *reserved],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     seen = _Seen(texts)

@@ -39,17 +39,18 @@ def token_ranges(dataset: IndexedDataset, order: str, split: str) -> list[range 
     return [range(0, first) if first else None, range(first, second) if first < second else None]
 
 
-def train_samples(config: Config, sources: Sequence[Source], split: str, phases: Sequence[int]) -> tuple[Samples, int]:
+def train_samples(config: Config, sources: Sequence[Source], split: str, phases: Sequence[int], length: int = 0) -> tuple[Samples, int]:
     """The training samples in `data.order`, and the number of tokens that they are drawn from.
 
     phases: steps of each phase of the run; each has its own order in megatron mode, whose order depends on its length.
+    length: inputs of a row; 0 = model.seq_length.
     """
     ranges = [token_ranges(source.dataset, config.data.order, split)[0] for source in sources]
     for source, part in zip(sources, ranges, strict=True):
         if part is None:
             raise UserError(f"{source.dataset.prefix}: nothing is left for training with data.split = {split!r}")
     tokens = sum(len(part) for part in ranges if part is not None)
-    seed, length = config.train.seed, config.model.seq_length
+    seed, length = config.train.seed, length or config.model.seq_length
     if config.data.order == "native":
         parts = [
             NativeSamples(source.dataset, part.start, part.stop, length, seed + number)
@@ -64,13 +65,13 @@ def train_samples(config: Config, sources: Sequence[Source], split: str, phases:
     return (orders[0][1] if len(orders) == 1 else PhasedSamples(orders)), tokens
 
 
-def valid_windows(config: Config, sources: Sequence[Source], split: str) -> tuple[PhasedSamples | None, int]:
-    """The held-out windows, or None when the split leaves nothing, and the number of their targets."""
+def valid_windows(config: Config, sources: Sequence[Source], split: str, length: int = 0) -> tuple[PhasedSamples | None, int]:
+    """The held-out windows of `length` (0 = model.seq_length), or None when the split leaves nothing, and the number of their targets."""
     found = []
     for source in sources:
         part = token_ranges(source.dataset, config.data.order, split)[1]
         if part is not None and len(part) > 1:
-            found.append(Windows(source.dataset, part.start, part.stop, config.model.seq_length))
+            found.append(Windows(source.dataset, part.start, part.stop, length or config.model.seq_length))
     windows = PhasedSamples([(part.count, part) for part in found]) if found else None
     return windows, sum(part.target_tokens for part in found)
 

@@ -12,9 +12,11 @@ from teratron.config import Config, UserError
 from teratron.data.indexed import IndexedDataset
 from teratron.data.layout import Source, open_sources, train_samples, valid_windows
 from teratron.data.samples import PhasedSamples, Samples
+from teratron.data.special import Needs, SpecialTokens, reserved, special_tokens
 from teratron.data.tokenizer import Tokenizer, load_tokenizer
 
 Say = Callable[[str], None]
+ANYTHING = Needs()
 TRAINED = ("chars", "bpe")
 """What `data.tokenizer` may say to have a tokenizer trained on data.text."""
 
@@ -23,10 +25,8 @@ TRAINED = ("chars", "bpe")
 class TrainingData:
     """Everything of the data that a run needs."""
 
-    vocab_size: int
-    """Token ids of the model."""
-    eod: int | None
-    """End-of-document id, when the tokenizer is known and has one."""
+    special: SpecialTokens
+    """The vocabulary, its end-of-document token, and the tokens that the objective needs."""
     train: Samples
     valid: PhasedSamples | None
     train_tokens: int
@@ -36,37 +36,39 @@ class TrainingData:
     """What the data sets and the tokenizer are, by name: compared when a run goes on."""
 
 
-def open_data(config: Config, run: Path, phases: Sequence[int], say: Say) -> TrainingData:
+def open_data(config: Config, run: Path, phases: Sequence[int], say: Say, needs: Needs = ANYTHING) -> TrainingData:
     """Open `data.*` of a config; raw text is prepared into RUN/data first, the tokenizer is kept in RUN/tokenizer.
 
-    phases: steps of each phase of the sample order (contract C14). Raises `UserError` for everything that does not fit.
+    phases: steps of each phase of the sample order (contract C14). needs: of the objective; a tokenizer that is trained here reserves
+    its tokens. Raises `UserError` for everything that does not fit.
     """
     data = config.data
     if not data.text and not data.train:
         raise UserError("no data: give raw text (--data.text FILE_OR_FOLDER) or prepared data sets (--data.train PREFIX)")
-    sources, tokenizer = _open_sources(config, run, say)
+    sources, tokenizer = _open_sources(config, run, say, needs.roles)
     vocab_size = _vocab_size(config, tokenizer)
+    special = special_tokens(tokenizer, needs.roles, vocab_size, config.objective.name)
     held_out = open_sources(data.valid) if data.valid else sources
     if data.valid:
         _check_fingerprints(held_out, tokenizer)
     _check_tokens({source.dataset.prefix: source.dataset for source in (*sources, *held_out)}.values(), tokenizer, vocab_size)
-    valid, valid_tokens = valid_windows(config, held_out, "0,1" if data.valid else data.split)
+    valid, valid_tokens = valid_windows(config, held_out, "0,1" if data.valid else data.split, needs.length)
     if data.valid and valid is None:
         raise UserError(f"data.valid = {' '.join(data.valid)}: holds fewer than 2 tokens; give more, or leave it out and use data.split")
-    train, train_tokens = train_samples(config, sources, "1,0" if data.valid else data.split, phases)
+    train, train_tokens = train_samples(config, sources, "1,0" if data.valid else data.split, phases, needs.length)
     identity = {"data.text" if data.text else str(source.dataset.prefix): source.dataset.identity() for source in (*sources, *held_out)}
     if tokenizer is not None:
         identity["tokenizer"] = tokenizer.fingerprint
-    return TrainingData(vocab_size, tokenizer.eod if tokenizer else None, train, valid, train_tokens, valid_tokens, identity)
+    return TrainingData(special, train, valid, train_tokens, valid_tokens, identity)
 
 
-def _open_sources(config: Config, run: Path, say: Say) -> tuple[list[Source], Tokenizer | None]:
+def _open_sources(config: Config, run: Path, say: Say, roles: Sequence[str]) -> tuple[list[Source], Tokenizer | None]:
     """The data sets to learn from, prepared when they are raw text, and the run's tokenizer if there is one."""
     try:
-        _discard_leftovers(config, run)
+        _discard_leftovers(config, run, roles)
         kept = _kept_tokenizer(config, run)
         if config.data.text:
-            tokenizer = kept or _text_tokenizer(config, run, say)
+            tokenizer = kept or _text_tokenizer(config, run, say, reserved(roles))
             sources = [Source(_prepared_text(config, run, tokenizer, say), None)]
             _check_fingerprints(sources, tokenizer)
             return sources, tokenizer
@@ -83,11 +85,11 @@ def _is_run(run: Path) -> bool:
     return (run / "config.toml").is_file()
 
 
-def _discard_leftovers(config: Config, run: Path) -> None:
+def _discard_leftovers(config: Config, run: Path, roles: Sequence[str]) -> None:
     """Discard the tokenizer and data of a first attempt that failed, unless they were made from the same input."""
     if _is_run(run):
         return
-    note, origin = run / ".origin.json", _origin(config)
+    note, origin = run / ".origin.json", _origin(config, roles)
     if note.is_file() and note.read_text("utf-8") == origin:
         return
     branched = (run / "checkpoints").is_dir()
@@ -100,15 +102,15 @@ def _discard_leftovers(config: Config, run: Path) -> None:
     note.write_text(origin, "utf-8")
 
 
-def _origin(config: Config) -> str:
-    """What the tokenizer and the prepared text depend on: the keys, and each file's size and time of change."""
+def _origin(config: Config, roles: Sequence[str]) -> str:
+    """What the tokenizer and the prepared text depend on: the keys, the roles, and each file's size and time of change."""
     data, files = config.data, []
     if data.text:
         from teratron.data.readers import find_files
 
         found = find_files([Path(item) for item in data.text])
         files = [(str(path), size, path.stat().st_mtime_ns) for path, size in zip(found.paths, found.sizes, strict=True)]
-    return json.dumps([data.text, data.text_key, data.train, data.tokenizer, config.model.vocab_size, files])
+    return json.dumps([data.text, data.text_key, data.train, data.tokenizer, config.model.vocab_size, roles, files])
 
 
 def _kept_tokenizer(config: Config, run: Path) -> Tokenizer | None:
@@ -124,8 +126,8 @@ def _kept_tokenizer(config: Config, run: Path) -> Tokenizer | None:
     return tokenizer
 
 
-def _text_tokenizer(config: Config, run: Path, say: Say) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names, trained on the text when it says so, and saved in the run."""
+def _text_tokenizer(config: Config, run: Path, say: Say, special: Sequence[str]) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names, trained on the text when it says so, and saved in the run; special: what it reserves."""
     from teratron.data.bpe import train_bpe
     from teratron.data.tokenizer import train_chars
 
@@ -138,7 +140,7 @@ def _text_tokenizer(config: Config, run: Path, say: Say) -> Tokenizer:
     elif kind == "bpe" and (size.isdecimal() or not colon):
         vocab_size = int(size or config.model.vocab_size or 8192)
         say(f"training a byte-level BPE tokenizer of {vocab_size:,} tokens on data.text")
-        tokenizer = _trained(lambda texts: train_bpe(texts, vocab_size), config)
+        tokenizer = _trained(lambda texts: train_bpe(texts, vocab_size, special), config)
     else:
         raise UserError(f"data.tokenizer = {spec!r}: expected chars or bpe:SIZE, such as bpe:8192")
     save_tokenizer(tokenizer, run / "tokenizer")

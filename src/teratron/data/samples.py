@@ -173,6 +173,23 @@ class PhasedSamples:
         return _distribute(self._parts, self.seq_length, phase, np.asarray(index) - begins[phase])
 
 
+class KnownTokens:
+    """Samples whose every row is compared with the vocabulary when it is read; raises `UserError` for a token beyond it."""
+
+    def __init__(self, samples: Samples, vocab_size: int) -> None:
+        self.seq_length, self.count = samples.seq_length, samples.count
+        self._samples, self._vocab_size = samples, vocab_size
+
+    def rows(self, index: np.ndarray) -> np.ndarray:
+        rows = self._samples.rows(index)
+        if rows.size and rows.max() >= self._vocab_size:
+            raise UserError(
+                f"the data holds token {rows.max()}, model.vocab_size is {self._vocab_size}: "
+                "set it to the size of the tokenizer that prepared the data, or prepare the data again"
+            )
+        return rows
+
+
 def _check(index: np.ndarray, count: int | None) -> None:
     if np.size(index) and (np.min(index) < 0 or (count is not None and np.max(index) >= count)):
         raise IndexError(

@@ -69,6 +69,11 @@ class HuggingFaceTokenizer:
     def token_id(self, token: str) -> int | None:
         return self._engine.token_to_id(token)
 
+    def pieces(self) -> list[str]:
+        if (self._definition["decoder"] or {}).get("type") == "ByteLevel":
+            return self._engine.decode_batch([[number] for number in range(self.vocab_size)], skip_special_tokens=False)
+        return [(self._engine.id_to_token(number) or "").replace("\u2581", " ") for number in range(self.vocab_size)]
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self._engine.to_str(pretty=True) + "\n", "utf-8")

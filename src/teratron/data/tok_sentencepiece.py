@@ -46,6 +46,9 @@ class SentencePieceTokenizer:
         found = self._engine.piece_to_id(token)
         return found if self._engine.id_to_piece(found) == token else None
 
+    def pieces(self) -> list[str]:
+        return [self._engine.id_to_piece(number).replace("\u2581", " ") for number in range(self.vocab_size)]
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.model").write_bytes(self._model)

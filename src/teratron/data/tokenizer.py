@@ -55,6 +55,10 @@ class Tokenizer(Protocol):
         """Id of one token as the vocabulary spells it, or None."""
         ...
 
+    def pieces(self) -> list[str]:
+        """The text of each id alone, its spaces kept, bytes that are no text as U+FFFD; in WordPiece `##` goes on with a word."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write the files that `load_tokenizer(folder)` reads back to an equal tokenizer."""
         ...
@@ -176,6 +180,9 @@ class ByteTokenizer:
         data = token.encode("utf-8")
         return 256 if token == END_OF_TEXT else data[0] if len(data) == 1 else None
 
+    def pieces(self) -> list[str]:
+        return [self.decode([number]) for number in range(self.vocab_size)]
+
     def save(self, folder: Path) -> None:
         _save(folder, "bytes.json", {"kind": self.kind, "eod": "" if self.eod is None else self.decode([self.eod])})
 
@@ -222,6 +229,9 @@ class CharTokenizer:
     def token_id(self, token: str) -> int | None:
         place = self.characters.find(token) if len(token) == 1 else -1
         return place if place >= 0 else None
+
+    def pieces(self) -> list[str]:
+        return list(self.characters)
 
     def save(self, folder: Path) -> None:
         chosen = "" if self.eod is None else self.characters[self.eod]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
-from teratron.config import ObjectiveConfig
+from teratron.config import Config
+from teratron.data.samples import Samples
+from teratron.data.special import Needs, SpecialTokens
 from teratron.models import Model, State
 from teratron.objectives.layers import layer_counts, layer_loads, layer_terms
 from teratron.objectives.next_token import NextToken
@@ -27,7 +30,20 @@ __all__ = [
 
 
 class Objective(Protocol):
-    """What is learned: which tensors enter the model, and which terms are measured at its head."""
+    """What is learned: how raw rows become a batch, which tensors enter the model, and which terms are measured at its head."""
+
+    needs: Needs
+    """What it asks of the data."""
+
+    def prepare(self, samples: Samples, index: np.ndarray, special: SpecialTokens) -> Batch:
+        """The batch of the samples `index` [B]: a function of the rows, the seed and the index alone (contract C4).
+
+        Whatever is drawn is drawn for (seed, index), on whole sequences: an index that comes once more with the same row, as in
+        evaluation, is drawn alike; training never comes back to an index, so that each epoch has draws of its own. Tensors
+        are [B, S]; what weighs a term has a name that ends in `weights`, so that evaluation can silence rows.
+        """
+
+    def __init__(self, config: Config) -> None: ...
 
     def inputs(self, batch: Batch) -> State:
         """The model's first state."""
@@ -39,6 +55,9 @@ class Objective(Protocol):
         """The terms of a micro-batch from the model's last state."""
 
 
-def build_objective(config: ObjectiveConfig) -> Objective:
+OBJECTIVES: dict[str, type[Objective]] = {"next_token": NextToken}
+
+
+def build_objective(config: Config) -> Objective:
     """The objective that `objective.name` asks for."""
-    return {"next_token": NextToken}[config.name](config.label_smoothing)
+    return OBJECTIVES[config.objective.name](config)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from teratron.config import Config
+from teratron.data.batch import make_batch
+from teratron.data.samples import Samples
+from teratron.data.special import Needs, SpecialTokens
 from teratron.models import Model, State
 from teratron.objectives.terms import Batch, Term
 
 
 class NextToken:
-    """Targets are the tokens one place on, shifted before any cut.
+    """Targets are the tokens one place on, shifted before any cut."""
 
-    smoothing: the share of each target's probability that is spread over the whole vocabulary.
-    """
+    needs = Needs()
 
-    def __init__(self, smoothing: float = 0.0) -> None:
-        self.smoothing = smoothing
+    def __init__(self, config: Config) -> None:
+        self.data, self.smoothing = config.data, config.objective.label_smoothing
+
+    def prepare(self, samples: Samples, index: np.ndarray, special: SpecialTokens) -> Batch:
+        isolate, mask = self.data.isolate_documents, self.data.mask_end_of_document
+        return make_batch(samples.rows(index), index, eod=special.eod, isolate_documents=isolate, mask_end_of_document=mask)
 
     def inputs(self, batch: Batch) -> State:
         return {name: batch[name] for name in ("tokens", "positions", "segments", "real") if name in batch}

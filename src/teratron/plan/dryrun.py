@@ -11,13 +11,16 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from teratron.config import Config, UserError
+from teratron.data.special import SpecialTokens
 from teratron.models.moe import Experts
+from teratron.objectives import Batch, Objective
 from teratron.optim import learning_rate
 from teratron.parallel.experts import ExpertDispatch
 from teratron.parallel.mesh import check_layout, mesh_sizes
@@ -83,7 +86,7 @@ def dry_run(
         engine.flat.publish()  # as the step before has left it
         state = {kind: meter.now.memory[kind] for kind in STATE}
         rows = config.train.global_batch // mesh.data.size
-        batch = fake_batch(config, rows)
+        batch = fake_batch(engine.objective, config, rows)
         meter.label("batch", batch.values())
         meter.restart()
         engine.step(batch, step=1, number=1, lr=learning_rate(config.optim, 1, config.train.steps))
@@ -106,16 +109,24 @@ def label_state(meter: Meter, engine: Any) -> None:
     meter.label("optimizer", [moment for moments in engine.optimizer.state.values() for moment in moments])
 
 
-def fake_batch(config: Config, rows: int) -> dict[str, Tensor]:
-    """A batch as `data` makes it, without content."""
-    length = config.model.seq_length
-    batch = {name: torch.zeros(rows, length, dtype=torch.int64) for name in ("tokens", "targets")}
-    batch["weights"] = torch.ones(rows, length)
-    batch["positions"] = torch.arange(length).expand(rows, length)
-    batch["sample"] = torch.arange(rows)
-    if config.data.isolate_documents:
-        batch |= {name: torch.zeros(rows, length, dtype=torch.int64) for name in ("positions", "segments")}
-    return batch
+def fake_batch(objective: Objective, config: Config, rows: int) -> Batch:
+    """A batch as the objective makes it, without content."""
+    samples = EmptySamples(objective.needs.length or config.model.seq_length)
+    special = SpecialTokens(config.model.vocab_size, 0, dict.fromkeys(objective.needs.roles, 0))
+    with unset_fake_temporarily():
+        batch = objective.prepare(samples, np.zeros(1, np.int64), special)
+    return {name: torch.zeros(rows, *tensor.shape[1:], dtype=tensor.dtype) for name, tensor in batch.items()}
+
+
+@dataclass(frozen=True)
+class EmptySamples:
+    """Rows of token 0."""
+
+    seq_length: int
+    count: int | None = None
+
+    def rows(self, index: np.ndarray) -> np.ndarray:
+        return np.zeros((len(index), self.seq_length + 1), np.int64)
 
 
 def _assume_load(engine: Any, load: float) -> None:

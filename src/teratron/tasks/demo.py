@@ -219,7 +219,7 @@ def _finish(trainer: Trainer, prefixes: list[Path], device: str, say: Say) -> No
     known = [float(event["loss"]) for event in history.of_kind("eval") if event["step"] == step and event["loss"] is not None]
     perplexity = math.exp(min(known[0] if known else trainer.evaluate(), 700.0))
     with Metrics(folder, tensorboard=False) as metrics:
-        bigram = math.exp(_bigram(history, prefixes, trainer.data.vocab_size, metrics))
+        bigram = math.exp(_bigram(history, prefixes, trainer.data.special.vocab_size, metrics))
         times = f"{bigram / perplexity:.1f} times that"
         say(f"[6/6] held-out perplexity {perplexity:.1f}; a bigram model of the same text has {bigram:.1f}, {times}")
         for prompt, text in _samples(history, folder, step, device, metrics):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,8 +38,8 @@ class Engine:
         """objective: None = the config's own."""
         check_batch(config, mesh.data.size)
         self.config, self.mesh, self.device = config, mesh, torch.device(device)
-        self.objective = objective or build_objective(config.objective)
-        self.scorer = objective or build_objective(replace(config.objective, label_smoothing=0.0))
+        self.objective = objective or build_objective(config)
+        self.scorer = objective or build_objective(config.override({"objective.label_smoothing": 0.0}))
         self.stages = cut_stages(config.model, mesh, config.parallel, DTYPES[config.train.precision])
         self.later = Deferral()
         if config.parallel.schedule in SPLIT and mesh.group("pipeline").size > 1:

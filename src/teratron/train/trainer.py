@@ -23,11 +23,10 @@ from teratron.checkpoint.memory import memory_checkpoints
 from teratron.checkpoint.reader import Checkpoint
 from teratron.checkpoint.training import check_data
 from teratron.config import Config, UserError
-from teratron.data.batch import make_batch
 from teratron.data.open import open_data
-from teratron.data.samples import Samples
+from teratron.data.samples import KnownTokens, Samples
 from teratron.models import build_model, flops_per_token, parameter_count
-from teratron.objectives import Batch, Tally
+from teratron.objectives import Batch, Tally, build_objective
 from teratron.optim import LossScale, learning_rate
 from teratron.parallel.device import DTYPES, choose_device
 from teratron.parallel.mesh import Mesh, check_layout, describe_layout, mesh_sizes
@@ -137,8 +136,8 @@ class Trainer:
         self.state = replace(past, phases=_phases(past.phases, config.train.steps))
         check_batch(config, self.mesh.data.size)
         check_layout(config.model, config.parallel, self.mesh.world)  # once more when the data has told the vocabulary
-        self.data = self._first(lambda: open_data(config, self.run, self.state.phases, self.console.say))
-        self.config = config.override({"model.vocab_size": self.data.vocab_size})
+        self.data = self._first(lambda: open_data(config, self.run, self.state.phases, self.console.say, build_objective(config).needs))
+        self.config = config.override({"model.vocab_size": self.data.special.vocab_size})
         if checkpoint is not None:
             check_data(checkpoint, self.config, self.data.identity)
         if self.state.step > config.train.steps:
@@ -341,7 +340,7 @@ class Trainer:
         self.flops_per_token = flops_per_token(whole, self.config.model.seq_length)
         count = parameter_count(whole)
         versions = {"teratron": teratron.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        facts: dict[str, Any] = {"parameters": count, "vocab_size": self.data.vocab_size, "device": place, "precision": precision}
+        facts: dict[str, Any] = {"parameters": count, "vocab_size": self.data.special.vocab_size, "device": place, "precision": precision}
         facts |= {"peak_flops": self.peak_flops, "flops_per_token": self.flops_per_token, "versions": versions}
         facts |= {"ranks": self.mesh.world, "layout": self.mesh.sizes}
         facts |= {"train_tokens": self.data.train_tokens, "valid_tokens": self.data.valid_tokens}
@@ -358,16 +357,8 @@ class Trainer:
             self.console.say(f"continuing {self.run} from step {self.state.step}")
 
     def _batch(self, samples: Samples, index: np.ndarray) -> Batch:
-        rows = samples.rows(index)
-        if rows.max() >= self.data.vocab_size:
-            raise UserError(
-                f"the data holds token {rows.max()}, model.vocab_size is {self.data.vocab_size}: "
-                "set it to the size of the tokenizer that prepared the data, or prepare the data again"
-            )
-        data = self.config.data
-        batch = make_batch(
-            rows, index, eod=self.data.eod, isolate_documents=data.isolate_documents, mask_end_of_document=data.mask_end_of_document
-        )
+        special = self.data.special
+        batch = self.engine.objective.prepare(KnownTokens(samples, special.vocab_size), index, special)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _valid_batches(self) -> Iterator[Batch]:
@@ -382,7 +373,8 @@ class Trainer:
             share = -(-count // ranks.size)
             wanted = np.arange(start + ranks.rank * share, start + (ranks.rank + 1) * share)
             batch = self._batch(self.data.valid, np.minimum(wanted, start + count - 1))
-            batch["weights"] *= torch.from_numpy(wanted < start + count)[:, None].to(self.device)
+            kept = torch.from_numpy(wanted < start + count)[:, None].to(self.device)
+            batch |= {name: batch[name] * kept for name in batch if name.endswith("weights")}
             yield from micro_batches(batch, self.config.train.micro_batch)
 
 
