@@ -41,6 +41,8 @@ class TrainingState:
     """Steps, ascending, whose batches are not learnt from, since the loss spiked there; these may lie ahead."""
     losses: tuple[float, ...] = ()
     """The last ones, by which a spike is known; none where nobody looks for it."""
+    live: tuple[tuple[int, str, float], ...] = ()
+    """What was changed on the way: (first step, what, its value), by first step; these may lie ahead."""
 
 
 def save_training(
@@ -109,7 +111,8 @@ def saved_state(checkpoint: Checkpoint) -> TrainingState:
         scale = LossScale(float(found["scale"]), int(found["clean"]), int(found["overflows"])) if found else None
         left_out, losses = tuple(map(int, saved.get("left_out", ()))), tuple(map(float, saved.get("losses", ())))
         counts = int(saved["step"]), int(saved["tokens"]), float(saved["seconds"]), phases, int(saved.get("skipped", 0))
-        return TrainingState(*counts, scale, left_out, losses)
+        live = tuple((int(step), str(name), float(value)) for step, name, value in saved.get("live", ()))
+        return TrainingState(*counts, scale, left_out, losses, live)
     except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{checkpoint.folder}/manifest.json: holds no state of a training run: it can be used, not trained on") from None
 

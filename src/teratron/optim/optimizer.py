@@ -54,8 +54,14 @@ class Optimizer:
         """seed: of what is drawn in updates."""
         self.flat, self.config, self.seed = flat, config, seed
         self.state = {name: [self.fresh(bucket, bucket.share) for bucket in flat.trained] for name in self.states}
-        self.treatments = {part.name: treatment_of(part, config) for part in flat.stages.parts()}
-        self.alike = {bucket: merged((at, self.treatments[part.name]) for part, _, at in bucket.owned()) for bucket in flat.trained}
+        self.owned = {bucket: [(at, part.name) for part, _, at in bucket.owned()] for bucket in flat.trained}
+        self.adopt(config)
+
+    def adopt(self, config: OptimConfig) -> None:
+        """From now on go by a config that differs in weight decay or clipping."""
+        self.config = config
+        self.treatments = {part.name: treatment_of(part, config) for part in self.flat.stages.parts()}
+        self.alike = {bucket: merged((at, self.treatments[name]) for at, name in owned) for bucket, owned in self.owned.items()}
         """The ranges of each owned slice, relative to it, whose parts are treated alike."""
 
     def fresh(self, bucket: Bucket, count: int) -> Tensor:

@@ -21,6 +21,7 @@ LANES = {
     "bad numbers": ("skip", "bad_numbers", "spike", "corruption"),
     "restarts": ("restart", "resume"),
     "forks": ("fork",),
+    "changes": ("live",),
     "traces": ("profile",),
     "stops": ("end",),
 }

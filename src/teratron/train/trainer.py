@@ -35,6 +35,7 @@ from teratron.train.device import check_memory, describe, keep_freed_memory, mea
 from teratron.train.engine import Engine, check_batch, micro_batches
 from teratron.train.guard import Guard
 from teratron.train.interrupt import Interrupt
+from teratron.train.live import Live, live_lr, live_optim, not_overridden
 from teratron.train.metrics import Console, Metrics, Silence, duration
 from teratron.train.profiling import Tracer
 from teratron.train.report import write_report
@@ -133,7 +134,9 @@ class Trainer:
         if checkpoint is not None and config.model.vocab_size == 0:
             config = config.override({"model.vocab_size": checkpoint.config().model.vocab_size})
         past = saved_state(checkpoint) if checkpoint is not None else TrainingState()
-        self.state = replace(past, phases=_phases(past.phases, config.train.steps))
+        changes = not_overridden(past.live, checkpoint.config().optim, config.optim) if checkpoint is not None else ()
+        self.live = Live(self.run, self.mesh, self.console.say)
+        self.state = replace(past, phases=_phases(past.phases, config.train.steps), live=self.live.replayed(changes))
         check_batch(config, self.mesh.data.size)
         check_layout(config.model, config.parallel, self.mesh.world)  # once more when the data has told the vocabulary
         self.data = self._first(lambda: open_data(config, self.run, self.state.phases, self.console.say, build_objective(config).needs))
@@ -187,16 +190,19 @@ class Trainer:
 
     def train(self) -> Result:
         """Train to `train.steps`, evaluating, saving and logging; Ctrl-C saves and returns with `interrupted`."""
-        total = self.config.train.steps
+        self.live.look()
+        total = self.live.last_step(self.config.train.steps)
         if self._lock is not None and self._lock.closed:
             self._lock = lock(self.run)
         try:
             if self.state.step >= total:
-                self.console.say(f"{self.run} is complete: step {self.state.step} of {total}; to train on: --train.steps N")
+                more = "--train.steps N" if total == self.config.train.steps else f"take stop_step out of {self.live.path}"
+                self.console.say(f"{self.run} is complete: step {self.state.step} of {total}; to train on: {more}")
                 result = Result(self.state.step, math.nan, math.nan)
             else:
                 with self._metrics() as metrics, Interrupt(self.config.train.stop_after) as interrupt:
                     self._announce(metrics)
+                    self._take_changes(metrics)
                     with Saver(self.run, self.config, self.mesh, self.machines, metrics, self.console.say, self._check_held) as saver:
                         result = self._loop(metrics, interrupt, saver)
                     self._end(metrics, result)
@@ -229,7 +235,7 @@ class Trainer:
 
     def _loop(self, metrics: Metrics | Silence, interrupt: Interrupt, saver: Saver) -> Result:
         config, loss, valid_loss, stop = self.config.train, math.nan, math.nan, 0
-        while self.state.step < config.steps:
+        while self.state.step < self.live.last_step(config.steps):
             step, losses = self.state.step + 1, self.state.losses
             self.mesh.doing.at(step)
             if step in self.state.left_out:
@@ -240,14 +246,19 @@ class Trainer:
                     saver.finish()
                     self._go_back(step, zscore(loss, losses), metrics)
                     continue
-            last = step == config.steps
+            last = step == self.live.last_step(config.steps)
             if self.data.valid is not None and (last or (config.eval_every and step % config.eval_every == 0)):
                 valid_loss = self._report_evaluation(step, metrics)
             if last or step % self.config.log.every == 0:
                 metrics.write("ranks", step=step, **self.watch.report(), time=time.time())
-            stop, failed, place, trace = self._most(interrupt.asked, saver.failed, saver.due(step), self.tracer.asked())
+            wishes = interrupt.asked, saver.failed, saver.due(step), self.tracer.asked(), self.live.asked()
+            stop, failed, place, trace, changed = self._most(*wishes)
             if trace:
                 self.tracer.step = step + 1
+            if changed:
+                self.live.look()
+                self._take_changes(metrics)
+                last = step >= self.live.last_step(config.steps)
             if failed:
                 saver.finish()
             if last or stop or place:
@@ -259,7 +270,8 @@ class Trainer:
         return Result(self.state.step, loss, valid_loss, stop if self.state.step < config.steps else 0)
 
     def _end(self, metrics: Metrics | Silence, result: Result) -> None:
-        reason = {0: "done", PREEMPTED: "preempted"}.get(result.stopped, "interrupted")
+        done = "done" if self.state.step == self.config.train.steps else "stopped"
+        reason = {0: done, PREEMPTED: "preempted"}.get(result.stopped, "interrupted")
         metrics.write("end", step=self.state.step, seconds=self.state.seconds, reason=reason, time=time.time())
 
     def _most(self, *values: int) -> list[int]:
@@ -268,12 +280,24 @@ class Trainer:
         self.mesh.all.max(most).wait()
         return most.tolist()
 
+    def _take_changes(self, metrics: Metrics | Silence) -> None:
+        """What live.toml says anew holds from the next step on."""
+        step = self.state.step + 1
+        changes, news = self.live.take(self.state.live, self.config.optim, step)
+        if news:
+            metrics.write("live", step=step, **news, time=time.time())
+        self.state = replace(self.state, live=changes)
+        self.live.tell(changes, step)
+
     def _check_held(self) -> None:
         check_held(self._lock, self.run)
 
     def _step(self, step: int, metrics: Metrics | Silence) -> float:
         config = self.config.train
-        lr, scale = learning_rate(self.config.optim, step, config.steps), self.loss_scale
+        lr, scale = live_lr(learning_rate(self.config.optim, step, config.steps), self.state.live, step), self.loss_scale
+        optim = live_optim(self.config.optim, self.state.live, step)
+        if optim != self.optimizer.config:
+            self.optimizer.adopt(optim)
         number = step - self.state.skipped
         with self.tracer.tracing(step), self.watch.step() as lap:
             batch = self.batch(step)
@@ -313,7 +337,7 @@ class Trainer:
         first = min({*left_out} - {*before.left_out})
         checkpoint = self._found(lambda: checkpoint_before(self.run, first, left_out, self.console.say))
         past = saved_state(checkpoint) if checkpoint is not None else TrainingState()
-        self.state = replace(past, phases=before.phases, seconds=before.seconds, left_out=left_out)
+        self.state = replace(past, phases=before.phases, seconds=before.seconds, left_out=left_out, live=before.live)
         self._restore(checkpoint)
         self._lead(lambda: remove_given_up(self.run, first))
         metrics.write("spike", step=step, deviations=deviations, back_to=past.step, left_out=list(left_out), time=time.time())
