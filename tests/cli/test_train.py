@@ -115,6 +115,26 @@ def test_a_second_signal_stops_at_once_and_loses_no_checkpoint(text: Path, tmp_p
     assert [event["step"] for event in events(tmp_path / "run", "resume")] == [4]
 
 
+def test_a_signal_saves_though_nobody_reads_any_more(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends the `tee` behind a run first: the answer to the signal then finds no reader."""
+
+    def alone() -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        former = os.dup(2)
+        os.dup2(writer, 2)
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.dup2(former, 2)
+            os.close(former)
+            os.close(writer)
+
+    at_step(monkeypatch, 5, alone)
+    assert main(command(text, tmp_path / "run")) == 130
+    assert [event["step"] for event in events(tmp_path / "run", "save")][-1] == 5
+
+
 @pytest.mark.parametrize("others", [(signal.SIGUSR1, signal.SIGUSR1), (signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR2)])
 def test_a_scheduler_that_repeats_itself_does_not_cut_the_save_short(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: tuple[signal.Signals, ...]

@@ -74,7 +74,8 @@ def launch(nproc: int, command: Sequence[str], care: Care | None = None, run: Pa
 
 def _tell(line: str) -> None:
     if line:
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads any more: what is to be done is done all the same
+            print(line, file=sys.stderr, flush=True)
 
 
 def _attempt(nproc: int, command: Sequence[str], hang_timeout: float, run: Path | None, untold: list[dict[str, Any]]) -> End:
@@ -195,7 +196,7 @@ class _Signals:
             draft = self._folder / "draft-stop"
             draft.write_text(str(ENDING[signal.Signals(number)]))
             draft.replace(self._folder / STOP)
-            os.write(2, answer(number))
+            answer(number)
 
     def _wait(self, *signal_and_frame: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, STUCK)

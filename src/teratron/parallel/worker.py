@@ -253,10 +253,11 @@ def stop_requested() -> int:
     return int(stop.read_text()) if stop is not None and stop.exists() else 0
 
 
-def answer(number: int) -> bytes:
-    """What is said to the first signal of `ENDING`."""
+def answer(number: int) -> None:
+    """Say on stderr what the first signal of `ENDING` leads to; not by a stream, in the middle of a write to which it may have come."""
     again = " (again = stop at once)" if number in (signal.SIGINT, signal.SIGTERM) else ""
-    return f"\n{signal.Signals(number).name}: finishing this step, then saving{again}\n".encode()
+    with contextlib.suppress(OSError):  # such as a reader that the same Ctrl-C has ended
+        os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving{again}\n".encode())
 
 
 def stops_at_once(first: int, number: int) -> bool:
