@@ -9,9 +9,10 @@ from torch import Tensor
 from teratron.config import UserError
 from teratron.generate import Sampling, TokenStream
 from teratron.generate.cache import KVCache
-from teratron.generate.engine import _prefill_mask, room_for
+from teratron.generate.engine import room_for
 from teratron.generate.sampler import choose, uniform
 from teratron.models import Model
+from teratron.models.sight import Sight
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[72, 105], [256], [84, 104, 101, 32, 99, 97, 116, 32, 115, 97, 116], [10, 20, 30]]
@@ -46,11 +47,9 @@ def test_cached_logits_equal_full_logits(model: Model) -> None:
     pieces = []
     with torch.no_grad():
         for start, stop in ((0, 4), (4, 5), (5, 6), (6, 8)):
-            columns = torch.arange(stop)
-            mask = (columns <= columns[start:, None])[None, None]
-            state = {"tokens": torch.tensor([tokens[start:stop]]), "positions": columns[None, start:]}
-            pieces.append(model.head.output(model(state, mask, cache=cache)["hidden"])[0])
-            cache.advance(stop - start)
+            places = torch.arange(start, stop)[None]
+            state = {"tokens": torch.tensor([tokens[start:stop]]), "positions": places, "order": places}
+            pieces.append(model.head.output(model(state, cache=cache)["hidden"])[0])
     expected = all_logits(model, tokens)
     assert expected.std() > 0.5, "a model that says nothing could hide a difference"
     torch.testing.assert_close(torch.cat(pieces), expected, rtol=0, atol=1e-10)
@@ -60,7 +59,7 @@ def test_full_cache_refuses_more(model: Model) -> None:
     cache = KVCache(2)
     new = torch.zeros(1, model.config.key_value_heads, 3, model.config.head_features, dtype=torch.float64)
     with pytest.raises(IndexError, match="2 columns cannot hold 3"):
-        cache.append(0, new, new)
+        cache.append(0, new, new, Sight(True))
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=7), Sampling(0.7, top_k=20, top_p=0.9, seed=3)], ids=str)
@@ -100,10 +99,11 @@ def test_rows_reach_the_last_position_together_with_shorter_ones(model: Model) -
 
 def test_real_tokens_see_the_real_ones_before_and_no_position_sees_nothing() -> None:
     real = torch.tensor([[False, False, True, True], [True, True, True, True]])
-    mask = _prefill_mask(real)[:, 0]
+    places = torch.tensor([[-2, -1, 0, 1], [0, 1, 2, 3]])
+    mask = Sight(True, order=places, key_order=places).mask(4, 4, places.device)[:, 0]
     for row in range(2):
         for query in range(4):
-            seen = [key for key in range(query + 1) if real[row, key]] or [query]
+            seen = [key for key in range(query + 1) if real[row, key] or not real[row, query]]
             assert mask[row, query].nonzero()[:, 0].tolist() == seen, "a softmax over nothing is NaN in some kernels"
 
 

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from teratron.config import ModelConfig
 from teratron.models import Model, State, build_model, initialise, load_parts, parts_of, with_dropout
+from teratron.models.attention import AttentionCore
 from teratron.models.blocks import Attention
-from teratron.models.leaves import AttentionCore
 from teratron.models.random import mask_keys
 from teratron.models.sight import Sight
 from teratron.models.units import Shared

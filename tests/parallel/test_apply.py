@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from teratron.config import ModelConfig, OptimConfig, ParallelConfig, UserError
 from teratron.models import FAMILIES, Part, build_model, initialise, load_parts, parts_of
-from teratron.models.leaves import AttentionCore, Dropout, Leaf
+from teratron.models.attention import AttentionCore
+from teratron.models.leaves import Dropout, Leaf
 from teratron.models.moe import Dispatch
 from teratron.optim import build_optimizer
 from teratron.parallel.apply import cut_model, cut_part, find_cut, materialise

@@ -51,7 +51,18 @@ class ModelConfig(Section):
     tie_embeddings: bool = key(True)
     """Use the token embedding as the output projection."""
     window: int = key(0, at_least(0))
-    """Causal attention reaches back over so many tokens, its own counted; 0 = over all."""
+    """Attention reaches back over so many tokens, its own counted, and in encoders as far ahead; 0 = over all."""
+    pattern: Literal["window", "strided", "fixed"] = key("window")
+    """What else a window lets see: nothing, every model.window-th token before and behind (strided), or (fixed) of each block of
+    model.window tokens the last model.summary, and of the token's own block all, in place of its neighbours (Child et al. 2019)."""
+    dilation: int = key(1, at_least(1))
+    """Of the window only every so many-th token is seen, counted from the token itself (Beltagy et al. 2020)."""
+    summary: int = key(1, at_least(1))
+    """Tokens at the end of each block that all see (pattern = fixed)."""
+    global_tokens: int = key(0, at_least(0))
+    """The first so many tokens of a sample are seen from anywhere, attention sinks (Xiao et al. 2024), and in encoders see all."""
+    global_every: int = key(0, at_least(0))
+    """Every so many-th layer attends over all tokens, the others over the window (Gemma 2 and 3, GPT-OSS); 0 = none does."""
     bias: bool = key(True)
     """Biases in linear layers and LayerNorm."""
     qk_norm: bool = key(False)
@@ -109,7 +120,43 @@ class ModelConfig(Section):
                 f"model.seq_length = {self.seq_length} exceeds model.max_positions = {self.max_positions}: "
                 "lower the first or raise the second"
             )
+        self._check_pattern()
         self._check_experts()
+
+    def _check_pattern(self) -> None:
+        usual = {"pattern": "window", "dilation": 1, "summary": 1, "global_tokens": 0, "global_every": 0}
+        for name, value in usual.items() if not self.window else ():
+            if getattr(self, name) != value:
+                raise UserError(
+                    f"model.{name} = {getattr(self, name)} concerns attention over a window, but model.window = 0 is attention over all: "
+                    "set model.window, or leave it out"
+                )
+        if self.window > self.seq_length:
+            raise UserError(
+                f"model.window = {self.window} is longer than model.seq_length = {self.seq_length}: lower it, or leave it out for "
+                "attention over all tokens"
+            )
+        if self.dilation > 1 and (self.pattern != "window" or self.dilation >= self.window):
+            raise UserError(
+                f"model.dilation = {self.dilation} does not fit model.pattern = {self.pattern} with model.window = {self.window}: "
+                "choose pattern window and a dilation below the window"
+            )
+        if self.summary > 1 and (self.pattern != "fixed" or self.summary >= self.window):
+            raise UserError(
+                f"model.summary = {self.summary} does not fit model.pattern = {self.pattern} with model.window = {self.window}: "
+                "choose pattern fixed and a summary below the window"
+            )
+        if self.global_tokens >= self.seq_length:
+            raise UserError(
+                f"model.global_tokens = {self.global_tokens} leaves no other token of model.seq_length = {self.seq_length}: lower it"
+            )
+        if self.global_every == 1:
+            raise UserError("model.global_every = 1 makes every layer attend over all tokens: leave it and model.window out, or raise it")
+        if self.global_every > self.layers:
+            raise UserError(
+                f"model.global_every = {self.global_every} makes none of model.layers = {self.layers} attend over all tokens: "
+                "lower it, or leave it out"
+            )
 
     def _check_experts(self) -> None:
         wanted = {name: getattr(self, name) for name in ("expert_ffn", "shared_experts", "moe_first_dense", "z_loss", "capacity")}
@@ -137,6 +184,10 @@ class ModelConfig(Section):
     def routed(self, layer: int) -> bool:
         """Whether a block (from 0) has experts."""
         return self.experts > 0 and layer >= self.moe_first_dense and (layer - self.moe_first_dense) % self.moe_every == 0
+
+    def attends_everywhere(self, layer: int) -> bool:
+        """Whether a block (from 0) has no window, though the model has."""
+        return self.global_every > 0 and (layer + 1) % self.global_every == 0
 
     @property
     def expert_width(self) -> int:

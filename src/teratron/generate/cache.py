@@ -1,39 +1,90 @@
-"""The key-value cache: memory of the tokens seen so far, allocated once for a whole generation."""
+"""The key-value cache: memory of the tokens seen so far; layers with a window keep no more than what later tokens see."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
+
+from teratron.models.patterns import Pattern
+from teratron.models.sight import Sight
 
 
 class KVCache:
-    """Keys and values of every layer, [B, K, capacity, D] each; a `models.gpt.Cache`.
-
-    A forward pass appends the same columns in each layer, and `advance` moves past them once, after the last layer.
-    """
+    """Keys and values of every layer; a `models.units.Cache`. In a forward pass every layer gets the same tokens once."""
 
     def __init__(self, capacity: int) -> None:
-        self.capacity, self.length = capacity, 0
-        """Columns in all, and in use."""
+        """capacity: tokens in all, for which layers without a window have room from the beginning."""
+        self.capacity = capacity
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        """[B, K, room, D] each."""
+        self._columns: dict[Pattern, _Columns] = {}
 
-    def append(self, layer: int, k_BKSD: Tensor, v_BKSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new columns of a layer behind those in use; return views of all its columns, [B, K, T, D]."""
-        stop = self.length + k_BKSD.shape[2]
-        if stop > self.capacity:
-            raise IndexError(f"cache of {self.capacity} columns cannot hold {stop}")
+    def append(self, layer: int, k_BKSD: Tensor, v_BKSD: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Sight]:
+        """Add new tokens; return the keys and values [B, K, T, D] that they may see, and which of them they do."""
+        columns = self._columns.setdefault(sight.pattern, _Columns(sight.pattern, self.capacity))
+        columns.arrive(sight, k_BKSD)
         if layer not in self.layers:
-            keys, values = (x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (k_BKSD, v_BKSD))
-            self.layers[layer] = keys, values
-        keys, values = self.layers[layer]
-        keys[:, :, self.length : stop] = k_BKSD
-        values[:, :, self.length : stop] = v_BKSD
-        return keys[:, :, :stop], values[:, :, :stop]
-
-    def advance(self, columns: int) -> None:
-        """Count the columns that every layer has appended as used."""
-        self.length += columns
+            self.layers[layer] = tuple(x.new_empty(*x.shape[:2], columns.room, x.shape[3]) for x in (k_BKSD, v_BKSD))  # type: ignore[assignment]
+        keys, values = (columns.add(*pair) for pair in zip(self.layers[layer], (k_BKSD, v_BKSD), strict=True))
+        return keys, values, columns.sight
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the batch only (int64 [B'], ascending), freeing the others' memory layer by layer."""
+        for columns in self._columns.values():
+            columns.places = columns.places[rows]
         for layer, (keys, values) in self.layers.items():
             self.layers[layer] = keys[rows], values[rows]
+
+
+class _Columns:
+    """Which tokens the layers of one pattern hold, and where."""
+
+    sight: Sight
+    """What the tokens that came last see of the columns."""
+
+    def __init__(self, pattern: Pattern, capacity: int) -> None:
+        self.pattern = pattern
+        self.kept = min(capacity, pattern.reach + pattern.global_tokens) if pattern.reach else capacity
+        """Columns that later tokens see, at most."""
+        self.room = min(capacity, 2 * self.kept)
+        self.places = torch.empty(1, 0, dtype=torch.int64)
+        """Of the tokens in their sequences, int64 [B, T]; below 0: there is none."""
+        self._came: Sight | None = None
+        self._start = 0
+        self._chosen: Tensor | None = None
+        """The columns to go on with, int64 [B, kept]; None = all."""
+
+    def arrive(self, sight: Sight, keys: Tensor) -> None:
+        """Make room for new tokens, unless another layer has had them already."""
+        if sight is self._came:
+            return
+        self._came, self._start, self._chosen = sight, self.places.shape[1], None
+        new = torch.arange(keys.shape[2], device=keys.device)[None] if sight.order is None else sight.order
+        new = new.expand(keys.shape[0], -1)
+        self.places = torch.cat([self.places, new], dim=1) if self._start else new
+        whole = not self._start and sight.order is None
+        self.sight = sight if whole else replace(sight, key_order=self.places, _made={})
+        if self.places.shape[1] > self.room:
+            self._forget()
+
+    def _forget(self) -> None:
+        if not self.pattern.reach:
+            raise IndexError(f"cache of {self.room} columns cannot hold {self.places.shape[1]}")
+        places = self.places
+        near = places > places.amax(1, keepdim=True) - self.pattern.reach
+        wanted = (places >= 0) & (near | (places < self.pattern.global_tokens))
+        self._chosen = wanted.byte().argsort(dim=1, descending=True, stable=True)[:, : self.kept]
+        self.places = places.masked_fill(~wanted, -1).gather(1, self._chosen)
+
+    def add(self, held: Tensor, new: Tensor) -> Tensor:
+        """Write new tokens' keys or values [B, K, S, D] into a layer's columns; return them behind those that were there."""
+        if self._chosen is None:
+            stop = self._start + new.shape[2]
+            held[:, :, self._start : stop] = new
+            return held[:, :, :stop]
+        whole = torch.cat([held[:, :, : self._start], new], dim=2) if self._start else new
+        chosen = self._chosen[:, None, :, None].expand(-1, *whole.shape[1:2], -1, whole.shape[3])
+        held[:, :, : self.kept] = whole.gather(2, chosen)
+        return whole

@@ -107,12 +107,9 @@ class TokenStream:
         rows = [[0] * (width - len(prompt)) + list(prompt) for prompt in self.prompts]
         tokens = torch.tensor(rows, device=parameter.device)
         padding = width - torch.tensor(lengths, device=parameter.device)[:, None]
-        columns = torch.arange(width + max(self.limits), device=parameter.device)
-        self._real = columns >= padding
-        self._positions = (columns[:width] - padding).clamp(min=0)
-        self._cache = KVCache(len(columns))
-        mask = _prefill_mask(self._real[:, :width]) if min(lengths) < width else None
-        return self._forward(tokens, mask)
+        self._places = torch.arange(width, device=parameter.device) - padding
+        self._cache = KVCache(width + max(self.limits))
+        return self._forward(tokens, padded=min(lengths) < width)
 
     @torch.inference_mode()
     def _decode(self, chosen: Tensor, going: list[int]) -> Tensor:
@@ -120,15 +117,17 @@ class TokenStream:
         if len(going) < len(self.rows):
             kept = torch.tensor(going, device=chosen.device)
             self.rows = [self.rows[index] for index in going]
-            chosen, self._real, self._positions = chosen[kept], self._real[kept], self._positions[kept]
+            chosen, self._places = chosen[kept], self._places[kept]
             self._cache.keep(kept)
-        self._positions = self._positions[:, -1:] + 1
-        # A mask even without padding: "causal" would align the one query with the first key, not the last.
-        return self._forward(chosen[:, None], self._real[:, None, None, : self._cache.length + 1])
+        self._places = self._places[:, -1:] + 1
+        return self._forward(chosen[:, None])
 
-    def _forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        state = self.model({"tokens": tokens, "positions": self._positions}, mask, cache=self._cache)
-        self._cache.advance(tokens.shape[1])
+    def _forward(self, tokens: Tensor, padded: bool = True) -> Tensor:
+        """Places are those in a token's own sequence; padding comes before, below 0. Without it prompts are as in training."""
+        state = {"tokens": tokens, "positions": self._places.clamp(min=0)}
+        if padded:
+            state["order"] = self._places
+        state = self.model(state, cache=self._cache)
         return self.output(state["hidden"][:, -1])[:, : self.vocab]
 
 
@@ -139,11 +138,3 @@ def _check_ids(prompt: Sequence[int], vocab_size: int) -> None:
                 f"the prompt has token {token}, but the model's ids are 0 to {vocab_size - 1}: "
                 "use the tokenizer that the model was trained with"
             )
-
-
-def _prefill_mask(real_BS: Tensor) -> Tensor:
-    """Causal without padding, bool [B, 1, S, S]; each position sees itself, since a softmax over nothing is NaN."""
-    size = real_BS.shape[1]
-    causal = torch.ones(size, size, dtype=torch.bool, device=real_BS.device).tril()
-    itself = torch.eye(size, dtype=torch.bool, device=real_BS.device)
-    return (causal & real_BS[:, None, :] | itself).unsqueeze(1)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from teratron.config import ModelConfig
+from teratron.models.attention import AttentionCore
 from teratron.models.feed_forward import FeedForward
 from teratron.models.head import LanguageHead
-from teratron.models.leaves import AttentionCore, Dropout, Embedding, Linear, Norm
+from teratron.models.leaves import Dropout, Embedding, Linear, Norm
 from teratron.models.moe import MoE
 from teratron.models.units import Shared, State, with_routing
 
@@ -41,7 +42,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, site: str) -> None:
         super().__init__()
-        self.layer, self.head_features = layer, config.head_features
+        self.layer, self.head_features, self.everywhere = layer, config.head_features, config.attends_everywhere(layer)
         queries, pairs = config.heads * config.head_features, config.key_value_heads * config.head_features
         widths = {"q": queries, "k": pairs, "v": pairs}
         self.qkv = Linear(config.hidden, widths, config.bias, config.init_std, granule=config.head_features)
@@ -57,9 +58,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if shared.rotary is not None:
             q, k = rotate(q, *shared.rotary), rotate(k, *shared.rotary)
+        sight = shared.sight.full if self.everywhere else shared.sight
         if shared.cache is not None:
-            k, v = shared.cache.append(self.layer, k, v)
-        mixed_BNSD = self.core(q, k, v, shared.sight, shared.keys)
+            k, v, sight = shared.cache.append(self.layer, k, v, sight)
+        mixed_BNSD = self.core(q, k, v, sight, shared.keys)
         return self.output(mixed_BNSD.transpose(1, 2).flatten(2))
 
 

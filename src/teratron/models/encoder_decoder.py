@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from teratron.config import ModelConfig
 from teratron.models.blocks import Block, Head, TokenEmbedding, block_norm
 from teratron.models.leaves import Embedding
+from teratron.models.patterns import FULL
 from teratron.models.plan import EMBEDDING, HEAD, RESIDUAL_NORM, Plan, block_plan, under
 from teratron.models.sight import Sight
 from teratron.models.units import Cache, Model, Shared, State
@@ -103,4 +104,4 @@ def both_segments(tensors: State) -> State:
 def _memory_sight(writing: Sight, reading: Sight) -> Sight:
     """The decoder sees all of the memory, or what belongs to the same document."""
     keys = reading.whole_segments if reading.whole_segments is not None else reading.segments
-    return replace(writing, causal=False, window=0, given=None, key_segments=keys, _made={})
+    return replace(writing, causal=False, pattern=FULL, given=None, key_segments=keys, _made={})

@@ -6,7 +6,6 @@ F feed-forward, V vocabulary, T tokens. A fused leaf holds several parts in adja
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teratron.models.random import feature_keys, keep_mask, seed_of
-from teratron.models.sight import Sight
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:
@@ -155,42 +153,3 @@ class Dropout(nn.Module):
             return x
         keep = keep_mask(keys, feature_keys(self.site, x.shape[-1], x.device), self.probability)
         return x * keep * (1 / (1 - self.probability))
-
-
-class AttentionCore(nn.Module):
-    """softmax(q k^T / sqrt(d)) v with grouped key/value heads; the fused kernel unless attention weights are dropped."""
-
-    def __init__(self, dropout: float, site: str) -> None:
-        super().__init__()
-        self.dropout, self.site = dropout, seed_of(site)
-        self.place, self.shares = 0, 1
-        """This is the place-th of so many equal shares of the heads."""
-
-    def forward(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, sight: Sight, keys: Tensor | None) -> Tensor:
-        """keys: dropout keys of the queries or None."""
-        if self.dropout and keys is not None:
-            return self.plain(q_BNSD, k_BKTD, v_BKTD, sight, keys)
-        grouped = q_BNSD.shape[1] != k_BKTD.shape[1]
-        mask = sight.mask(q_BNSD.shape[2], k_BKTD.shape[2], q_BNSD.device)
-        causal = sight.causal and mask is None
-        return F.scaled_dot_product_attention(q_BNSD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-
-    def plain(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, sight: Sight, keys: Tensor | None) -> Tensor:
-        """The twin in plain tensor operations, with dropout of attention weights when keys are given."""
-        heads, groups, columns = q_BNSD.shape[1], k_BKTD.shape[1], k_BKTD.shape[2]
-        k = k_BKTD.repeat_interleave(heads // groups, dim=1)
-        v = v_BKTD.repeat_interleave(heads // groups, dim=1)
-        scores = (q_BNSD @ k.transpose(-1, -2)) / math.sqrt(q_BNSD.shape[-1])
-        mask = sight.mask(q_BNSD.shape[2], columns, scores.device)
-        if mask is None and sight.causal:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        weights = scores.softmax(-1, dtype=accurate(scores.dtype)).to(scores.dtype)
-        if keys is not None:
-            # One key a head and one a column, so that neither needs the other's number.
-            of_head = feature_keys(self.site + 1, heads * self.shares, scores.device)[self.place * heads :][:heads]
-            of_column = feature_keys(self.site + 2, columns, scores.device)
-            keep = keep_mask(keys[:, None] ^ of_head[:, None], of_column, self.dropout)
-            weights = weights * keep * (1 / (1 - self.dropout))
-        return weights @ v

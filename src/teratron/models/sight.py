@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teratron.models.patterns import FULL, Pattern, Tiles, tiles_of
+
 
 @dataclass(frozen=True, eq=False)
 class Sight:
@@ -16,8 +18,8 @@ class Sight:
 
     causal: bool
     """Whether a query sees no later key."""
-    window: int = 0
-    """How many keys before its own place, its own counted, a query sees; 0 = all."""
+    pattern: Pattern = FULL
+    """What of that is seen, by place."""
     segments: Tensor | None = None
     """Documents of the queries, int64 [B, S]; None = one document."""
     key_segments: Tensor | None = None
@@ -27,9 +29,9 @@ class Sight:
     whole_keys: Tensor | None = None
     """There, too, the dropout keys of all of it, int32."""
     order: Tensor | None = None
-    """Places of the queries in their whole sequence, int64 [S]; None = 0 to S - 1."""
+    """Places of the queries in their whole sequence, int64 [B or 1, S], below 0 before its beginning; None = 0 to S - 1."""
     key_order: Tensor | None = None
-    """Places of the keys, int64 [T]; None = 0 to T - 1."""
+    """Places of the keys, int64 [B or 1, T]; None = 0 to T - 1."""
     given: Tensor | None = None
     """bool [B or 1, 1, S, T] in place of all that."""
     _made: dict[Any, Tensor | None] = field(default_factory=dict, repr=False)
@@ -52,23 +54,29 @@ class Sight:
         return same if visible is None else same & visible
 
     def _near(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        """By place alone, bool [1, 1, S, T]."""
-        plain = self.order is None and self.key_order is None and not self.window and self.segments is None
-        if not self.causal or plain:
+        """By place alone, bool [B or 1, 1, S, T]."""
+        everywhere = self.pattern == FULL and self.order is None and self.key_order is None
+        if everywhere and not (self.causal and self.segments is not None):
             return None
-        of_queries = torch.arange(queries, device=device) if self.order is None else self.order
-        of_keys = torch.arange(keys, device=device) if self.key_order is None else self.key_order
-        back = of_queries[:, None] - of_keys
-        near = back >= 0
-        return (near & (back < self.window) if self.window else near)[None, None]
+        of_queries = torch.arange(queries, device=device)[None] if self.order is None else self.order
+        of_keys = torch.arange(keys, device=device)[None] if self.key_order is None else self.key_order
+        query, key = of_queries[:, :, None], of_keys[:, None, :]
+        near = self.pattern.sees(query, key) & ((key >= 0) | (query < 0))
+        return (near & (key <= query) if self.causal else near).unsqueeze(1)
+
+    def tiles(self, queries: int, keys: int, most_rows: int) -> tuple[Tiles, ...]:
+        """Tiles to compute in place of all pairs of a query and a key; none where they would not be half the work."""
+        if self.pattern == FULL or any(x is not None for x in (self.given, self.order, self.key_order)):
+            return ()
+        tiles = tiles_of(self.pattern, self.causal, (range(queries),), (range(keys),), most_rows)
+        return tiles if 2 * sum(some.area for some in tiles) <= queries * keys else ()
 
     @cached_property
     def whole(self) -> Sight:
         """The sight of all queries of the sequence, of which these are a share."""
         return replace(self, segments=self.whole_segments, order=None, _made={})
 
-    def block(self, places: Tensor) -> Sight:
-        """The sight of the same queries on the keys at some places of the whole sequence, int64 [T]."""
-        everything = self.whole_segments if self.key_segments is None else self.key_segments
-        segments = None if everything is None else everything[:, places]
-        return replace(self, key_segments=segments, key_order=places, _made={})
+    @cached_property
+    def full(self) -> Sight:
+        """The same without the pattern."""
+        return self if self.pattern == FULL else replace(self, pattern=FULL, _made={})

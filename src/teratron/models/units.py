@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from teratron.config import ModelConfig
 from teratron.models.leaves import accurate
+from teratron.models.patterns import pattern_of
 from teratron.models.plan import Plan
 from teratron.models.random import mask_keys
 from teratron.models.sight import Sight
@@ -22,8 +23,8 @@ State = dict[str, Tensor]
 COORDINATES = ("positions", "segments", "keys", "real", "order", "whole_segments", "whole_keys")
 """What every rank knows of a batch by itself and is never sent; a second stream's have its name in front.
 
-The last three are there when the sequence is cut over context ranks: the places [B, s] of this rank's tokens in it (alike in
-all rows), and the segments and keys of the whole sequence.
+The last two are there when the sequence is cut over context ranks: the segments and keys of all of it. `order` [B, S] are the tokens'
+places where these are not 0 to S - 1, as when text is generated; those below 0 are padding.
 """
 TERM, LOAD = "term.", "load."
 """Prefixes of what blocks leave in a state for the loop: sums of loss terms, and routers' choices. It stays on its stage, never sent."""
@@ -32,8 +33,8 @@ TERM, LOAD = "term.", "load."
 class Cache(Protocol):
     """Keys and values of the tokens seen so far, one pair a layer."""
 
-    def append(self, layer: int, k_BKSD: Tensor, v_BKSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the new tokens' keys and values of a layer; return all of them, [B, K, T, D]."""
+    def append(self, layer: int, k_BKSD: Tensor, v_BKSD: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Sight]:
+        """Add the new tokens' keys and values of a layer; return those that they may see, [B, K, T, D], and which of them they do."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,11 @@ class Model(nn.Module):
         mine = {name: state.get(f"{stream}{name}") for name in COORDINATES}
         sight = Sight(
             self.streams[stream],
-            self.config.window if self.streams[stream] else 0,
+            pattern_of(self.config),
             segments=mine["segments"],
             whole_segments=mine["whole_segments"],
             whole_keys=mine["whole_keys"],
-            order=mine["order"][0] if mine["order"] is not None else None,
+            order=mine["order"],
             given=mask,
         )
         positions = state[f"{stream}positions"]

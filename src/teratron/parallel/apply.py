@@ -10,8 +10,9 @@ from torch import nn
 
 from teratron.config import ModelConfig, UserError
 from teratron.models import Model, Part, build_model
+from teratron.models.attention import AttentionCore
 from teratron.models.head import LanguageHead
-from teratron.models.leaves import AttentionCore, Dropout, Embedding, Leaf, Linear, Norm
+from teratron.models.leaves import Dropout, Embedding, Leaf, Linear, Norm
 from teratron.models.moe import Router
 from teratron.models.plan import Cut, Layout, Plan
 from teratron.parallel.mesh import Group, Mesh

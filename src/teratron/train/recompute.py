@@ -9,8 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from teratron.models import Model
+from teratron.models.attention import AttentionCore
 from teratron.models.blocks import Block
-from teratron.models.leaves import AttentionCore
 
 
 def recompute(model: Model, mode: str, every: int) -> None:
