@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -99,11 +100,11 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_fsync")
-def test_a_crash_at_any_line_leaves_a_good_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_crash_at_any_line_leaves_a_good_checkpoint(tmp_path: Path, every: int) -> None:
     """The process dies before the k-th line that the writer executes, for every k: the former or the new one is found, whole."""
     extra = (tokenizer(tmp_path),)
-    crashed = 0
-    while True:
+    for crashed in itertools.count(0, every):
         run = tmp_path / f"run{crashed}"
         write(run, step=1, extra=extra)
         finished = dies_at_line(crashed, lambda run=run: write(run, step=2, scale=2.0, extra=extra))
@@ -115,7 +116,6 @@ def test_a_crash_at_any_line_leaves_a_good_checkpoint(tmp_path: Path) -> None:
         if finished:
             break
         shutil.rmtree(run)
-        crashed += 1
     assert found.step == 2
     assert crashed > 100, "the writer has more lines than this"
 

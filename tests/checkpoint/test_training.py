@@ -86,7 +86,7 @@ SHAPES = {"a": (7, 5), "b": (3, 4, 6), "c": (13,), "d": (), "e": (1, 8), "f": (6
 
 
 @given(seed=st.integers(0, 2**32), ranks=st.tuples(st.integers(1, 4), st.integers(1, 4)))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_layout_saves_and_any_other_loads(tmp_path: Path, seed: int, ranks: tuple[int, int]) -> None:
     """Flat ranges that begin in the middle of a row, slabs of any dimension, copies on several ranks, ranks that hold nothing."""
     draw, savers, loaders = random.Random(seed), *ranks
