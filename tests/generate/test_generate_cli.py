@@ -55,6 +55,13 @@ def test_complete_text_is_the_streamed_text(capsys: pytest.CaptureFixture[str]) 
     assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
 
 
+def test_contrastive_search(loaded: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "run", "Hi", "--max-new-tokens", "20", "--contrastive-k", "5", "--contrastive-alpha", "0.4"]
+    assert main(command) == main([*command, "--no-stream"]) == 0
+    expected = generate(loaded, "Hi", max_new_tokens=20, contrastive_k=5, contrastive_alpha=0.4)
+    assert capsys.readouterr().out == f"Hi{expected}\n" * 2
+
+
 def test_prompt_from_standard_input(loaded: LoadedModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
     assert main(["generate", "run", "-", "--max-new-tokens", "20"]) == 0
@@ -101,6 +108,8 @@ def test_stop_texts_and_tokenizer(loaded: LoadedModel, capsys: pytest.CaptureFix
         (["Hi", "--temperature", "-1"], "temperature = -1.0"),
         (["Hi", "--max-new-tokens", "100"], "ask for at most 62"),
         (["Hi", "--samples", "0"], "samples = 0"),
+        (["Hi", "--samples", "2", "--contrastive-k", "4"], "samples = 2: contrastive search draws nothing"),
+        (["Hi", "--top-p", "0.9", "--contrastive-k", "4"], "top_p = 0.9 with contrastive_k = 4"),
         (["Hi", "--samples", "1", "Ho"], "unexpected argument 'Ho'"),
         (["--sample", "1", "Hi"], "unknown option '--sample'"),
         (["Hi", "--device", "tpu"], "--device tpu: expected auto, cpu or cuda"),

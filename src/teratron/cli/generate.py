@@ -39,6 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="choose among the likeliest tokens that make up P (default: 1)"
     )
+    parser.add_argument(
+        "--contrastive-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="contrastive search among the K likeliest tokens, such as 4; 0 = none",
+    )
+    parser.add_argument(
+        "--contrastive-alpha", type=float, metavar="A", help="how much it shuns what is like the text before, 0 to 1 (default: 0.6)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (default: 0)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations of each prompt, seeds S, S+1, ... (default: 1)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="continuations made at the same time (default: 16)")
@@ -62,10 +72,11 @@ def run(args: argparse.Namespace) -> int:
     worker = this_worker()
     leads = worker is None or worker.rank == 0
     prompts = list(_prompts(args)) if leads else []
-    from teratron.generate import Request, Sampling, open_source
+    from teratron.generate import Request, open_source
+    from teratron.generate.contrastive import chosen_by
     from teratron.generate.ranks import joined
 
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    sampling = chosen_by(args.temperature, args.top_k, args.top_p, args.seed, args.contrastive_k, args.contrastive_alpha)
     request = Request(sampling, args.max_new_tokens, tuple(args.stop), args.samples, args.batch)
     with joined(worker, args.device) as (mesh, device), _silent(not leads):
         prompts = json.loads(mesh.all.gather_bytes(json.dumps(prompts).encode())[0])
@@ -141,7 +152,7 @@ def _stream(loaded: LoadedModel, prompt: str, request: Request) -> None:
     from teratron.generate.complete import tokenizer_of
 
     start = time.perf_counter()
-    stream = TextStream(loaded, [encode(tokenizer_of(loaded), prompt)], request, [request.sampling.seed])
+    stream = TextStream(loaded, [encode(tokenizer_of(loaded), prompt)], request, [request.seed])
     print(prompt, end="", flush=True)
     first = None
     for step in stream:

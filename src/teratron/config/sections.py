@@ -262,6 +262,10 @@ class ObjectiveConfig(Section):
     """next_token = predict each token from those before it."""
     label_smoothing: float = key(0.0, between(0, 1))
     """Share of the target's probability that is spread over the whole vocabulary in training (evaluation never smooths)."""
+    contrastive: float = key(0.0, at_least(0))
+    """Weight of a term that keeps the final states of a document's tokens apart (SimCTG, whose weight is 1); 0 = none, as in evaluation."""
+    margin: float = key(0.5, at_least(0))
+    """How far below 1 the contrastive term wants the cosine of two tokens' states."""
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,23 @@ import sys
 from types import ModuleType
 
 from teratron.generate.complete import Completion, Request, TextStream, complete, encode, generate, open_source
+from teratron.generate.contrastive import ContrastiveSearch, ContrastiveStream
 from teratron.generate.engine import TokenStream
 from teratron.generate.sampler import Sampling
 
-__all__ = ["Completion", "Request", "Sampling", "TextStream", "TokenStream", "complete", "encode", "generate", "open_source"]
+__all__ = [
+    "Completion",
+    "ContrastiveSearch",
+    "ContrastiveStream",
+    "Request",
+    "Sampling",
+    "TextStream",
+    "TokenStream",
+    "complete",
+    "encode",
+    "generate",
+    "open_source",
+]
 
 
 class _Callable(ModuleType):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from teratron.config import UserError
+from teratron.generate.contrastive import ContrastiveSearch, ContrastiveStream, chosen_by
 from teratron.generate.engine import TokenStream, room_for
 from teratron.generate.sampler import Sampling
 from teratron.generate.text import Continuation
@@ -41,13 +42,13 @@ class Completion:
 class Request:
     """How prompts are continued."""
 
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling | ContrastiveSearch = field(default_factory=Sampling)
     max_new_tokens: int | None = None
     """New tokens a prompt at most; None = 100, or fewer where the model's positions end."""
     stop: tuple[str, ...] = ()
     """Texts that end a continuation; they are cut off."""
     samples: int = 1
-    """Continuations of each prompt; number i is sampled with seed + i."""
+    """Continuations of each prompt; number i is sampled with seed + i. Contrastive search has one."""
     batch: int = 16
     """Continuations made at the same time."""
 
@@ -55,8 +56,15 @@ class Request:
         for name in ("samples", "batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: expected at least 1")
+        if isinstance(self.sampling, ContrastiveSearch) and self.samples > 1:
+            raise UserError(f"samples = {self.samples}: contrastive search draws nothing, so all would be alike: leave samples out")
         if "" in self.stop:
             raise UserError("stop = '': expected a text of at least one character")
+
+    @property
+    def seed(self) -> int:
+        """That of each prompt's first continuation."""
+        return self.sampling.seed if isinstance(self.sampling, Sampling) else 0
 
 
 def generate(
@@ -68,6 +76,8 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    contrastive_k: int = 0,
+    contrastive_alpha: float | None = None,
     stop: str | Sequence[str] = (),
     batch: int = 16,
     device: str = "auto",
@@ -81,6 +91,7 @@ def generate(
         source: a run, checkpoint or Hugging Face folder, or an opened model (which stays on its device, in its precision).
         max_new_tokens: None = 100, or fewer where the model's positions end.
         temperature, top_k, top_p, seed: see `Sampling`; temperature 0 is greedy.
+        contrastive_k, contrastive_alpha: in place of those, contrastive search: see `ContrastiveSearch`; None = 0.6.
         stop: a text, or several, that ends a continuation; it is cut off.
         batch: prompts continued at the same time.
         device: auto, cpu or cuda. precision: fp32, bf16, or None = as trained, halves in float32.
@@ -88,7 +99,8 @@ def generate(
     Raises `UserError` for what cannot be opened, impossible values, and prompts that do not fit the model's positions.
     """
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    request = Request(Sampling(temperature, top_k, top_p, seed), max_new_tokens, stops, batch=batch)
+    sampling = chosen_by(temperature, top_k, top_p, seed, contrastive_k, contrastive_alpha)
+    request = Request(sampling, max_new_tokens, stops, batch=batch)
     if isinstance(source, (str, Path)):
         loaded = open_source(source, device, precision)
     elif (device, precision) == ("auto", None):
@@ -130,7 +142,7 @@ def complete(loaded: LoadedModel, prompts: Sequence[str], request: Request) -> I
     Raises `UserError` for a prompt that cannot be continued before any is.
     """
     encoded = list(zip(prompts, _encode_all(loaded, prompts, request), strict=True))
-    jobs = ((prompt, ids, request.sampling.seed + copy) for prompt, ids in encoded for copy in range(request.samples))
+    jobs = ((prompt, ids, request.seed + copy) for prompt, ids in encoded for copy in range(request.samples))
     batches = iter(lambda: list(itertools.islice(jobs, request.batch)), [])
     return (done for batch in batches for done in _batch(loaded, batch, request))
 
@@ -153,7 +165,12 @@ class TextStream:
         tokenizer = tokenizer_of(loaded)
         # A new document begins with bos where there is one: the text before it has ended, as with eod.
         ends = {token for token in (tokenizer.eod, tokenizer.bos) if token is not None}
-        self.tokens = TokenStream(loaded.model, prompts, request.sampling, request.max_new_tokens, ends, seeds, tokenizer.vocab_size)
+        limit, vocab, how = request.max_new_tokens, tokenizer.vocab_size, request.sampling
+        self.tokens = (
+            TokenStream(loaded.model, prompts, how, limit, ends, seeds, vocab)
+            if isinstance(how, Sampling)
+            else ContrastiveStream(loaded.model, prompts, how, limit, ends, vocab)
+        )
         self.rows = [Continuation(prompt, tokenizer.decode, request.stop) for prompt in prompts]
 
     def __iter__(self) -> Iterator[list[tuple[int, str]]]:

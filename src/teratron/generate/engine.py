@@ -85,10 +85,9 @@ class TokenStream:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         if not self.rows:
             return
-        logits, place = self._prefill(), 0
+        hidden, place = self._prefill(), 0
         while True:
-            uniforms = [uniform(self.seeds[row], place) for row in self.rows]
-            chosen = choose(logits, self.sampling, uniforms)
+            chosen = self._choose(self._logits(hidden), place)
             place += 1
             step = list(zip(self.rows, chosen.tolist(), strict=True))
             self._ended.update(row for row, token in step if token in self.stop_ids or place == self.limits[row])
@@ -96,11 +95,19 @@ class TokenStream:
             going = [index for index, row in enumerate(self.rows) if row not in self._ended]
             if not going:
                 return
-            logits = self._decode(chosen, going)
+            if len(going) < len(self.rows):
+                kept = torch.tensor(going, device=chosen.device)
+                self.rows, chosen = [self.rows[index] for index in going], chosen[kept]
+                self._keep(kept)
+            hidden = self._feed(chosen)
+
+    def _choose(self, logits_BV: Tensor, place: int) -> Tensor:
+        """New token number `place` (from 0) of each row, int64 [B]."""
+        return choose(logits_BV, self.sampling, [uniform(self.seeds[row], place) for row in self.rows])
 
     @torch.inference_mode()
     def _prefill(self) -> Tensor:
-        """Run all prompts in one pass; logits of the first new tokens [B, V]."""
+        """Run all prompts in one pass; their hidden states [B, S, H]."""
         parameter = next(self.model.parameters())
         lengths = [len(prompt) for prompt in self.prompts]
         width = max(lengths)
@@ -112,23 +119,28 @@ class TokenStream:
         return self._forward(tokens, padded=min(lengths) < width)
 
     @torch.inference_mode()
-    def _decode(self, chosen: Tensor, going: list[int]) -> Tensor:
-        """Feed the tokens just chosen of the rows that go on; logits of their next tokens [B, V]."""
-        if len(going) < len(self.rows):
-            kept = torch.tensor(going, device=chosen.device)
-            self.rows = [self.rows[index] for index in going]
-            chosen, self._places = chosen[kept], self._places[kept]
-            self._cache.keep(kept)
+    def _keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch, int64 [B'], ascending; one may come several times."""
+        self._places = self._places[rows]
+        self._cache.keep(rows)
+
+    @torch.inference_mode()
+    def _feed(self, tokens_B: Tensor) -> Tensor:
+        """Hidden states [B, 1, H] of one more token of each row."""
         self._places = self._places[:, -1:] + 1
-        return self._forward(chosen[:, None])
+        return self._forward(tokens_B[:, None])
 
     def _forward(self, tokens: Tensor, padded: bool = True) -> Tensor:
         """Places are those in a token's own sequence; padding comes before, below 0. Without it prompts are as in training."""
         state = {"tokens": tokens, "positions": self._places.clamp(min=0)}
         if padded:
             state["order"] = self._places
-        state = self.model(state, cache=self._cache)
-        return self.output(state["hidden"][:, -1])[:, : self.vocab]
+        return self.model(state, cache=self._cache)["hidden"]
+
+    @torch.inference_mode()
+    def _logits(self, hidden_BSH: Tensor) -> Tensor:
+        """Scores [B, V] of what comes after the last token."""
+        return self.output(hidden_BSH[:, -1])[:, : self.vocab]
 
 
 def _check_ids(prompt: Sequence[int], vocab_size: int) -> None:

@@ -52,17 +52,13 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniforms: list[float]) -> Tens
 
     Probabilities and their sums are float64. Raises `UserError` when logits are NaN or infinite.
     """
-    peaks = logits_BV.amax(-1, keepdim=True)
-    if not bool(torch.isfinite(peaks).all()):
-        raise UserError(
-            "the model's logits are not finite: its weights are damaged or overflow in this precision; try fp32 or an older checkpoint"
-        )
+    peaks = finite_peaks(logits_BV)
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     scores = (logits_BV.double() - peaks.double()) / sampling.temperature
     ids = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
     if 0 < sampling.top_k < scores.shape[-1]:
-        ids = _top_k(scores, sampling.top_k)
+        ids = top_columns(scores, sampling.top_k)
         scores = scores.gather(-1, ids)
     weights = scores.exp()
     if sampling.top_p < 1:
@@ -71,7 +67,17 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniforms: list[float]) -> Tens
     return ids.gather(-1, _draw(weights, numbers)[:, None])[:, 0]
 
 
-def _top_k(scores: Tensor, k: int) -> Tensor:
+def finite_peaks(logits_BV: Tensor) -> Tensor:
+    """Each row's highest logit [B, 1]; raises `UserError` for NaN and infinity."""
+    peaks = logits_BV.amax(-1, keepdim=True)
+    if not bool(torch.isfinite(peaks).all()):
+        raise UserError(
+            "the model's logits are not finite: its weights are damaged or overflow in this precision; try fp32 or an older checkpoint"
+        )
+    return peaks
+
+
+def top_columns(scores: Tensor, k: int) -> Tensor:
     """The columns of each row's k highest scores, int64 [B, k], ascending."""
     lowest = scores.topk(k).values[:, -1:]
     above, equal = scores > lowest, scores == lowest
@@ -83,7 +89,7 @@ def _top_p(weights: Tensor, ids: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """Weights and ids in descending order, the weights zero from where those before have reached the share p of the row's total."""
     needed = p * (1 - ROUNDING) * weights.sum(-1, keepdim=True)
     if weights.shape[-1] > LIKELIEST:
-        columns = _top_k(weights, LIKELIEST)
+        columns = top_columns(weights, LIKELIEST)
         likeliest = weights.gather(-1, columns)
         if bool((likeliest.sum(-1, keepdim=True) >= needed).all()):
             weights, ids = likeliest, ids.gather(-1, columns)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from teratron.config import ModelConfig
 from teratron.models.attention import AttentionCore
+from teratron.models.contrast import TokenContrast
 from teratron.models.feed_forward import FeedForward
 from teratron.models.head import LanguageHead
 from teratron.models.leaves import Dropout, Embedding, Linear, Norm
@@ -119,7 +120,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Last unit: final norm; `output` then gives logits or losses."""
+    """Last unit: final norm; `output` then gives logits or losses, `contrast` the contrastive loss."""
 
     def __init__(self, config: ModelConfig, tied_to: str, shared_weight: nn.Parameter | None) -> None:
         """tied_to: the part whose weight a tied head uses; shared_weight: that weight, where it is at hand."""
@@ -127,6 +128,7 @@ class Head(nn.Module):
         self.norm = block_norm(config)
         name = f"/{tied_to}" if config.tie_embeddings else ".weight"
         self.output = LanguageHead(config.hidden, config.vocab_size, config.vocab_multiple, config.init_std, shared_weight, name)
+        self.contrast = TokenContrast()
 
     def forward(self, state: State, shared: Shared) -> State:
         return {**state, "hidden": self.norm(state["hidden"])}

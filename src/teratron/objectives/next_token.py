@@ -1,4 +1,4 @@
-"""Next-token prediction: cross-entropy of each token given those before it."""
+"""Next-token prediction: cross-entropy of each token given those before it, and beside it a contrastive term if there is to be one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from teratron.data.batch import make_batch
 from teratron.data.samples import Samples
 from teratron.data.special import Needs, SpecialTokens
 from teratron.models import Model, State
+from teratron.objectives.contrastive import Contrast
 from teratron.objectives.terms import Batch, Term
 
 
@@ -21,6 +22,7 @@ class NextToken:
 
     def __init__(self, config: Config) -> None:
         self.data, self.smoothing = config.data, config.objective.label_smoothing
+        self.contrast = Contrast(config.objective)
 
     def prepare(self, samples: Samples, index: np.ndarray, special: SpecialTokens) -> Batch:
         isolate, mask = self.data.isolate_documents, self.data.mask_end_of_document
@@ -31,10 +33,10 @@ class NextToken:
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         # float64: a float32 sum of uneven weights would depend on how the global batch is cut
-        return {"next_token": batch["weights"].sum(dtype=torch.float64)}
+        return {"next_token": batch["weights"].sum(dtype=torch.float64)} | self.contrast.counts(batch)
 
     def terms(self, model: Model, state: State, batch: Batch) -> list[Term]:
         if model.head is None:  # a stage before the last
             return []
         loss_sum = model.head.output.loss_sum(state["hidden"], batch["targets"], batch["weights"], self.smoothing)
-        return [Term("next_token", loss_sum)]
+        return [Term("next_token", loss_sum), *self.contrast.terms(model, state, batch)]

@@ -13,6 +13,7 @@ from teratron.models import FAMILIES, Model, Part, parts_of
 from teratron.models.parts import leaves_and_parts
 from teratron.parallel.apply import cut_model
 from teratron.parallel.context import apply_context
+from teratron.parallel.contrast import apply_contrast
 from teratron.parallel.experts import apply_experts
 from teratron.parallel.mesh import Mesh
 from teratron.parallel.schedule_split import parse_split, split_layers
@@ -58,6 +59,7 @@ def cut_stages(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, dtype:
     for model in models.values():
         apply_context(model, mesh.context, parallel.context_method)
         apply_experts(model, mesh, parallel)
+        apply_contrast(model, mesh, parallel)
     _share_table(list(models.values()))
     rank_of = {stage: rank for rank, stages in enumerate(held) for stage in stages}
     users = [next(stage for stage, own in enumerate(units) if unit in own) for unit in FAMILIES[config.family].table_units(config)]
