@@ -101,6 +101,16 @@ def adafactor(w: Tensor, g: Tensor, state: dict[str, Tensor], t: int, lr: float,
     w -= lr * (size * direction + decay_of(part, config) * w)
 
 
+def schedule_free(w: Tensor, g: Tensor, state: dict[str, Tensor], t: int, lr: float, config: OptimConfig, part: Part) -> None:
+    """w is y, where gradients are taken."""
+    x, z = state.setdefault("x", w.clone()), state.setdefault("z", w.clone())
+    v = moment(state, "v", g * g, config.beta2)
+    z -= lr * math.sqrt(1 - config.beta2**t) * (g / (v.sqrt() + config.eps) + decay_of(part, config) * w)
+    gammas = [min(1, k / config.warmup_steps) ** 2 * (1 - config.beta2**k) for k in range(1, t + 1)]
+    x += gammas[-1] / sum(gammas) * (z - x)
+    w.copy_((1 - config.beta1) * z + config.beta1 * x)
+
+
 CASES: list[tuple[str, Rule, dict[str, Any]]] = [
     ("adamw", adamw, {}),
     ("adam", adam, {}),
@@ -112,6 +122,7 @@ CASES: list[tuple[str, Rule, dict[str, Any]]] = [
     ("muon", muon, {}),
     ("muon", muon, {"nesterov": False, "muon_scale": "jordan", "adam_lr": 3e-3}),
     ("adafactor", adafactor, {}),
+    ("schedule_free", schedule_free, {"schedule": "constant", "warmup_steps": 5}),
     *((name, rule, {"groups": GROUPS}) for name, rule in (("adamw", adamw), ("lamb", lamb), ("muon", muon))),
 ]
 IDS = ["-".join([name, *(key if key == "groups" else f"{key}={value}" for key, value in keys.items())]) for name, _, keys in CASES]
@@ -154,7 +165,7 @@ def test_twenty_steps_equal_the_papers_formulas(name: str, rule: Rule, keys: dic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", dict.fromkeys(name for name, _, _ in CASES))
 def test_a_gradient_that_is_not_finite_changes_nothing(name: Any, dtype: torch.dtype) -> None:
-    optimizer = optimizer_of(made(dtype), OptimConfig(name=name, moments="bf16" if dtype == torch.bfloat16 else "fp32"))
+    optimizer = optimizer_of(made(dtype), OptimConfig(name=name, moments="bf16" if dtype == torch.bfloat16 else "fp32", schedule="constant"))
     learn(optimizer, 1, 1, 1e-3)
     before = {piece.name: piece.values.clone() for piece in optimizer.pieces()}
     optimizer.flat.stages.stages()[0].get_parameter("blocks.0.attention.qkv.weight").grad[3, 5] = math.nan  # type: ignore[index]

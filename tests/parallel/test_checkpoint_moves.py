@@ -62,7 +62,7 @@ def leg(rank: int, ranks: int, keys: Keys, folder: str, step: int) -> Learnt:
     checkpoint = newest_checkpoint(run, print)
     if checkpoint is not None:
         load_training(checkpoint, engine.optimizer.pieces(), engine.mesh.control)
-        engine.flat.publish()
+        engine.optimizer.publish()
     batch = share(engine, batch_of(engine.config, step))
     tally, norm = engine.step(batch, step=step, number=step, lr=engine.config.optim.lr)
     save_training(run, engine.config, engine.optimizer.pieces(), TrainingState(step), group=engine.mesh.control)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 NAMES = [name for name in OPTIMIZERS if name != "adamw"]
 """AdamW is what all other tests of layouts learn with."""
-BASE: Keys = {"model.dropout": 0.0, "model.position": "rope", "optim.lr": 1e-3, "train.micro_batch": 2}
+BASE: Keys = {"model.dropout": 0.0, "model.position": "rope", "optim.lr": 1e-3, "optim.schedule": "constant", "train.micro_batch": 2}
 MODELS: dict[str, Keys] = {
     "tied": {"model.kv_heads": 2},
     "apart": {"model.tie_embeddings": False, "model.activation": "swiglu", "model.norm": "rmsnorm", "optim.moments": "bf16"},

@@ -59,6 +59,8 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        self._check_precision()
+        self._check_mup()
         optim, steps = self.optim, self.train.steps
         check_fit(self.objective.name, self.model.family)
         if self.train.spike_zscore and (self.checkpoint.every == 0 or self.checkpoint.keep == 1):
@@ -77,6 +79,27 @@ class Config:
             raise UserError(
                 f"optim.decay_steps = {optim.decay_steps} and optim.warmup_steps = {optim.warmup_steps} overlap "
                 f"in train.steps = {steps}: lower one"
+            )
+
+    def _check_precision(self) -> None:
+        train, optim = self.train, self.optim
+        if optim.masters == "bf16" and train.precision not in ("bf16", "fp8"):
+            raise UserError(
+                f"optim.masters = bf16 leaves weights to bfloat16 alone, train.precision = {train.precision}: set --train.precision bf16 "
+                "or fp8, or leave optim.masters out"
+            )
+        if train.precision != "fp8" and (train.fp8_except or train.fp8_scaling != "tensor"):
+            name = "fp8_except" if train.fp8_except else "fp8_scaling"
+            raise UserError(
+                f"train.{name} concerns float8, but train.precision = {train.precision}: set --train.precision fp8, or leave it out"
+            )
+
+    def _check_mup(self) -> None:
+        optim = self.optim
+        if self.model.mup_base and optim.name not in ("adamw", "adam", "schedule_free"):
+            raise UserError(
+                f"model.mup_base = {self.model.mup_base} scales Adam's learning rates, optim.name = {optim.name}: choose adamw, adam or "
+                "schedule_free, or leave model.mup_base out"
             )
 
     @staticmethod

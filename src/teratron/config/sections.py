@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -73,6 +74,10 @@ class ModelConfig(Section):
     """Probability of dropping an attention weight (slower: the fused kernels draw their own numbers, so they are not used)."""
     init_std: float = key(0.02, at_least(0))
     """Standard deviation of initial weights; output projections of blocks divide it by sqrt(2 * layers)."""
+    mup_base: int = key(0, at_least(0))
+    """Width at which the hyper-parameters were found: they then hold at model.hidden (maximal update parametrisation); 0 = off."""
+    mup_base_head: int = key(0, at_least(0))
+    """Features of one head at width mup_base; 0 = as many as here."""
     experts: int = key(0, at_least(0))
     """Experts of each mixture-of-experts layer, which takes the place of a feed-forward layer and has no biases; 0 = none."""
     experts_per_token: int = key(2, at_least(1))
@@ -121,6 +126,8 @@ class ModelConfig(Section):
                 "lower the first or raise the second"
             )
         self._check_pattern()
+        if self.mup_base_head and not self.mup_base:
+            raise UserError(f"model.mup_base_head = {self.mup_base_head} without model.mup_base: set both, or leave it out")
         self._check_experts()
 
     def _check_pattern(self) -> None:
@@ -188,6 +195,21 @@ class ModelConfig(Section):
     def attends_everywhere(self, layer: int) -> bool:
         """Whether a block (from 0) has no window, though the model has."""
         return self.global_every > 0 and (layer + 1) % self.global_every == 0
+
+    @property
+    def widening(self) -> float:
+        """How many times as wide as at `mup_base`; 1 without."""
+        return self.hidden / self.mup_base if self.mup_base else 1.0
+
+    @property
+    def matrix_std(self) -> float:
+        """Standard deviation of initial values of matrices between features."""
+        return self.init_std / math.sqrt(self.widening)
+
+    @property
+    def query_factor(self) -> float:
+        """Of queries, beside the usual 1 / sqrt(head features)."""
+        return math.sqrt(self.mup_base_head / self.head_features) if self.mup_base_head else 1.0
 
     @property
     def expert_width(self) -> int:
@@ -306,8 +328,10 @@ class OptimConfig(Section):
 
     section: ClassVar[str] = "optim"
 
-    name: Literal["adamw", "adam", "sgd", "lion", "lamb", "muon", "adafactor"] = key("adamw")
-    """Optimizer: adamw = Adam with decoupled weight decay; adam and sgd add the decay to the gradient (L2); lion, lamb, muon, adafactor."""
+    name: Literal["adamw", "adam", "sgd", "lion", "lamb", "muon", "adafactor", "schedule_free"] = key("adamw")
+    """Optimizer: adamw = Adam with decoupled weight decay; adam and sgd add the decay to the gradient (L2); lion, lamb, muon, adafactor.
+
+    schedule_free = AdamW that averages the weights in place of a decay of the learning rate."""
     lr: float = key(3e-4, at_least(0))
     """Highest learning rate."""
     min_lr: float = key(0.0, at_least(0))
@@ -332,6 +356,8 @@ class OptimConfig(Section):
     """Added to the root of the second moment."""
     moments: Literal["fp32", "bf16"] = key("fp32")
     """Numbers in which moments are kept: fp32 (those of the master weights), or bf16 with stochastic rounding."""
+    masters: Literal["fp32", "bf16"] = key("fp32")
+    """Numbers of the weights that are updated: fp32, or with train.precision bf16 the weights themselves, rounded stochastically."""
     momentum: float = key(0.95, between(0, 1))
     """Decay rate of the momentum of sgd and muon."""
     nesterov: bool = key(True)
@@ -362,11 +388,27 @@ class OptimConfig(Section):
             raise UserError(f"optim.min_lr = {self.min_lr} exceeds optim.lr = {self.lr}: lower it")
         for text in self.groups:
             parse_group(text)
+        if self.name == "schedule_free":
+            self._check_schedule_free()
         if self.trust_min > self.trust_max:
             raise UserError(f"optim.trust_min = {self.trust_min} exceeds optim.trust_max = {self.trust_max}: lower it")
         if self.min_loss_scale > self.initial_loss_scale:
             raise UserError(
                 f"optim.min_loss_scale = {self.min_loss_scale} exceeds optim.initial_loss_scale = {self.initial_loss_scale}: lower it"
+            )
+
+    def _check_schedule_free(self) -> None:
+        if self.schedule != "constant":
+            raise UserError(
+                f"optim.name = schedule_free averages weights in place of a decay, optim.schedule = {self.schedule}: "
+                "set --optim.schedule constant"
+            )
+        if not isinstance(self.warmup_steps, int):
+            raise UserError(f"optim.name = schedule_free warms up over steps, optim.warmup_steps = {self.warmup_steps}: give a number")
+        if self.masters == "bf16":
+            raise UserError(
+                "optim.name = schedule_free averages master weights, which optim.masters = bf16 does without: leave optim.masters out, "
+                "or choose another optim.name"
             )
 
 
@@ -382,8 +424,16 @@ class TrainConfig(Section):
     """Sequences of one optimizer step, over all processes."""
     micro_batch: int = key(0, at_least(0))
     """Sequences of one forward and backward pass of a process; 0 = its whole share of the global batch."""
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = key("fp32")
-    """Numbers of weights and activations: fp32; bf16 or (with loss scaling) fp16 with float32 master weights; fp64 for tests."""
+    precision: Literal["fp32", "bf16", "fp16", "fp8", "fp64"] = key("fp32")
+    """Numbers of weights and activations: fp32; bf16 or (with loss scaling) fp16 with float32 master weights; fp64 for tests.
+
+    fp8 = bf16, but for the matrix products of linear layers, whose operands are rounded to float8."""
+    fp8_scaling: Literal["tensor", "row"] = key("tensor")
+    """What shares a scale in fp8: a whole operand (gradients in e5m2), or each of its rows along the sum (everything in e4m3)."""
+    fp8_except: tuple[str, ...] = key(())
+    """Linear layers that stay in bf16: patterns of their names such as `*.attention.*`, and `first` and `last` for those blocks.
+
+    Embeddings, the output projection, routers and routed experts always do."""
     seed: int = key(1234, at_least(0))
     """Every random number of the run follows from it."""
     stop_after: float = key(0.0, at_least(0))

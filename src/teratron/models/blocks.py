@@ -46,11 +46,12 @@ class Attention(nn.Module):
         self.layer, self.head_features, self.everywhere = layer, config.head_features, config.attends_everywhere(layer)
         queries, pairs = config.heads * config.head_features, config.key_value_heads * config.head_features
         widths = {"q": queries, "k": pairs, "v": pairs}
-        self.qkv = Linear(config.hidden, widths, config.bias, config.init_std, granule=config.head_features)
+        self.qkv = Linear(config.hidden, widths, config.bias, config.matrix_std, granule=config.head_features)
+        self.query_factor = config.query_factor
         self.q_norm = Norm(config.head_features, "rmsnorm", False, config.norm_eps) if config.qk_norm else None
         self.k_norm = Norm(config.head_features, "rmsnorm", False, config.norm_eps) if config.qk_norm else None
         self.core = AttentionCore(config.attention_dropout, f"{site}.core")
-        self.output = Linear(queries, config.hidden, config.bias, config.init_std / math.sqrt(2 * config.layers))
+        self.output = Linear(queries, config.hidden, config.bias, config.matrix_std / math.sqrt(2 * config.layers))
 
     def forward(self, x_BSH: Tensor, shared: Shared) -> Tensor:
         parts = self.qkv(x_BSH).split(list(self.qkv.widths.values()), dim=-1)
@@ -59,6 +60,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if shared.rotary is not None:
             q, k = rotate(q, *shared.rotary), rotate(k, *shared.rotary)
+        if self.query_factor != 1:
+            q = q * self.query_factor
         sight = shared.sight.full if self.everywhere else shared.sight
         if shared.cache is not None:
             k, v, sight = shared.cache.append(self.layer, k, v, sight)
@@ -73,13 +76,14 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.head_features = config.head_features
         queries, pairs = config.heads * config.head_features, config.key_value_heads * config.head_features
-        self.q = Linear(config.hidden, queries, config.bias, config.init_std, granule=config.head_features)
-        self.kv = Linear(config.hidden, {"k": pairs, "v": pairs}, config.bias, config.init_std, granule=config.head_features)
+        self.q = Linear(config.hidden, queries, config.bias, config.matrix_std, granule=config.head_features)
+        self.kv = Linear(config.hidden, {"k": pairs, "v": pairs}, config.bias, config.matrix_std, granule=config.head_features)
+        self.query_factor = config.query_factor
         self.core = AttentionCore(config.attention_dropout, f"{site}.core")
-        self.output = Linear(queries, config.hidden, config.bias, config.init_std / math.sqrt(2 * config.layers))
+        self.output = Linear(queries, config.hidden, config.bias, config.matrix_std / math.sqrt(2 * config.layers))
 
     def forward(self, x_BSH: Tensor, memory_BTH: Tensor, shared: Shared) -> Tensor:
-        q = heads_of(self.q(x_BSH), self.head_features)
+        q = heads_of(self.q(x_BSH), self.head_features) * self.query_factor
         k, v = (heads_of(part, self.head_features) for part in self.kv(memory_BTH).split(list(self.kv.widths.values()), dim=-1))
         mixed_BNSD = self.core(q, k, v, shared.memory_sight, shared.keys)
         return self.output(mixed_BNSD.transpose(1, 2).flatten(2))
@@ -126,12 +130,14 @@ class Head(nn.Module):
         """tied_to: the part whose weight a tied head uses; shared_weight: that weight, where it is at hand."""
         super().__init__()
         self.norm = block_norm(config)
+        self.shrinking = 1 / config.widening
         name = f"/{tied_to}" if config.tie_embeddings else ".weight"
         self.output = LanguageHead(config.hidden, config.vocab_size, config.vocab_multiple, config.init_std, shared_weight, name)
         self.contrast = TokenContrast()
 
     def forward(self, state: State, shared: Shared) -> State:
-        return {**state, "hidden": self.norm(state["hidden"])}
+        hidden = self.norm(state["hidden"])
+        return {**state, "hidden": hidden if self.shrinking == 1 else hidden * self.shrinking}
 
 
 def block_norm(config: ModelConfig) -> Norm:

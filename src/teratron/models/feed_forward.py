@@ -18,8 +18,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = config.activation
         widths: int | dict[str, int] = {"gate": width, "up": width} if config.gated else width
-        self.up = Linear(config.hidden, widths, bias, config.init_std)
-        self.down = Linear(width, config.hidden, bias, config.init_std / math.sqrt(2 * config.layers))
+        self.up = Linear(config.hidden, widths, bias, config.matrix_std)
+        self.down = Linear(width, config.hidden, bias, config.matrix_std / math.sqrt(2 * config.layers))
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         return self.down(activate(self.up(x_BSH), self.activation))

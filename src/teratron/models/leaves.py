@@ -50,6 +50,8 @@ class Part:
     """Whether this is the first of the copies."""
     holders: int = 1
     """Pipeline stages' ranks that hold it, each with a share of the gradient."""
+    inner: bool = False
+    """Whether this is a matrix between features, or several: no table, no vector."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "offset", self.offset or (0,) * len(self.shape))
@@ -98,7 +100,7 @@ class Linear(Leaf):
     def leaf_parts(self) -> Iterator[Part]:
         start = 0
         for name, width in self.widths.items():
-            yield Part(f"{name}.weight", "weight", start, (width, self.weight.shape[1]), self.std)
+            yield Part(f"{name}.weight", "weight", start, (width, self.weight.shape[1]), self.std, inner=True)
             if self.bias is not None:
                 yield Part(f"{name}.bias", "bias", start, (width,), None)
             start += width

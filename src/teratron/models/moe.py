@@ -116,7 +116,8 @@ class Router(Leaf):
         return torch.zeros_like(asked_BSE[:, :1])
 
     def leaf_parts(self) -> Iterator[Part]:
-        yield Part(".weight", "weight", 0, tuple(self.weight.shape), self.config.init_std)
+        std = self.config.init_std / self.config.widening  # there are no more experts in a wider model
+        yield Part(".weight", "weight", 0, tuple(self.weight.shape), std, inner=True)
         if self.bias is not None:
             yield Part(".bias", "bias", 0, tuple(self.bias.shape), None)
 
@@ -206,7 +207,7 @@ class Experts(Leaf):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         count, hidden, width = config.experts, config.hidden, config.expert_width
-        self.activation, self.std, self.down_std = config.activation, config.init_std, config.init_std / math.sqrt(2 * config.layers)
+        self.activation, self.std, self.down_std = config.activation, config.matrix_std, config.matrix_std / math.sqrt(2 * config.layers)
         self.gate = nn.Parameter(torch.empty(count, width, hidden)) if config.gated else None
         self.up = nn.Parameter(torch.empty(count, width, hidden))
         self.down = nn.Parameter(torch.empty(count, hidden, width))
@@ -236,7 +237,7 @@ class Experts(Leaf):
     def leaf_parts(self) -> Iterator[Part]:
         for name, weight in (("gate", self.gate), ("up", self.up), ("down", self.down)):
             if weight is not None:
-                yield Part(f".{name}.weight", name, 0, tuple(weight.shape), self.down_std if name == "down" else self.std)
+                yield Part(f".{name}.weight", name, 0, tuple(weight.shape), self.down_std if name == "down" else self.std, inner=True)
 
 
 def looped_product(x_RI: Tensor, weight_EOI: Tensor, ends: Sequence[int]) -> Tensor:

@@ -11,6 +11,7 @@ from teratron.optim.muon import Muon
 from teratron.optim.optimizer import Optimizer, global_norm
 from teratron.optim.scale import LossScale
 from teratron.optim.schedule import learning_rate
+from teratron.optim.schedule_free import ScheduleFree
 from teratron.parallel.flat import FlatModel
 
 __all__ = ["OPTIMIZERS", "LossScale", "Optimizer", "build_optimizer", "global_norm", "learning_rate"]
@@ -23,6 +24,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "lamb": Lamb,
     "muon": Muon,
     "adafactor": Adafactor,
+    "schedule_free": ScheduleFree,
 }
 """By `optim.name`."""
 

@@ -49,7 +49,7 @@ class Adafactor(Segmented):
                     rows, columns = rows + height, columns + width
             count = sum(place.stop - place.start for _, place in self.vectors[-1])
             for name, size in (("moment2", count), ("rows", rows), ("columns", columns)):
-                self.state[name].append(bucket.master.new_zeros(size))
+                self.state[name].append(bucket.master.new_zeros(size, dtype=bucket.exact))
 
     def state_pieces(self, name: str, number: int, flat: Tensor) -> Iterator[Piece]:
         bucket = self.flat.trained[number]

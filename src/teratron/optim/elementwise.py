@@ -19,7 +19,7 @@ class Elementwise(Optimizer):
 
     def update(self, bucket: Bucket, state: dict[str, Tensor], how: Update) -> None:
         scale = how.scale.to(torch.float32)
-        if bucket.master.dtype == torch.float64:  # of which the kernels' own division would lose half the digits
+        if bucket.exact == torch.float64:  # of which the kernels' own division would lose half the digits
             bucket.gradient /= how.scale
             scale = torch.ones_like(scale)
         for place, treatment in self.alike[bucket]:

@@ -21,15 +21,18 @@ class Treatment:
     frozen: bool = False
 
 
-def treatment_of(part: Part, config: OptimConfig) -> Treatment:
-    """Matrices decay, biases and norms do not (Megatron-LM's rule), unless a group says otherwise; later groups win over earlier ones."""
+def treatment_of(part: Part, config: OptimConfig, widening: float = 1.0) -> Treatment:
+    """Matrices decay, biases and norms do not (Megatron-LM's rule), unless a group says otherwise; later groups win over earlier ones.
+
+    widening: matrices between features learn so many times slower, and decay as before (Yang et al. 2022).
+    """
     lr, decay, frozen = 1.0, config.weight_decay if len(part.shape) > 1 else 0.0, False
     for group in map(parse_group, config.groups):
         if group.matches(part.name):
             lr = lr if group.lr is None else group.lr
             decay = decay if group.decay is None else group.decay
             frozen = group.frozen
-    return Treatment(lr, decay, frozen)
+    return Treatment(lr / widening, decay * widening, frozen) if part.inner else Treatment(lr, decay, frozen)
 
 
 def freeze(stages: Stages, config: OptimConfig) -> None:

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from teratron.config import OptimConfig
-from teratron.models.head import LanguageHead
-from teratron.models.leaves import Embedding
 from teratron.optim.elementwise import AdamW
 from teratron.optim.groups import Treatment
 from teratron.optim.matrices import Matrices, Segment, packed
@@ -34,23 +32,13 @@ class Muon(AdamW):
     def __init__(self, flat: FlatModel, config: OptimConfig, seed: int = 0) -> None:
         super().__init__(flat, config, seed)
         self.matrices = Matrices(flat)
-        self.tables = {
-            f"{path}.{name}"
-            for path, module in flat.stages.named_modules()
-            if isinstance(module, (Embedding, LanguageHead))
-            for name, _ in module.named_parameters(recurse=False)
-        }
-        self.ownership = Ownership(self.matrices, self.orthogonal, flops)
-        self.rest = [packed(segment for segment in segments if not self.orthogonal(segment)) for segments in self.matrices.segments]
+        self.ownership = Ownership(self.matrices, lambda segment: segment.part.inner, flops)
+        self.rest = [packed(segment for segment in segments if not segment.part.inner) for segments in self.matrices.segments]
         """Of every trained bucket what is AdamW's, with its place in the second moments, of which there are no others."""
         self.state["moment2"] = [
             self.fresh(bucket, sum(s.place.stop - s.place.start for s, _ in rest))
             for bucket, rest in zip(flat.trained, self.rest, strict=True)
         ]
-
-    def orthogonal(self, segment: Segment) -> bool:
-        """Whether a matrix is Muon's."""
-        return len(segment.part.shape) > 1 and segment.part.parameter not in self.tables
 
     def state_pieces(self, name: str, number: int, flat: Tensor) -> Iterator[Piece]:
         if name == "moment1":
@@ -70,12 +58,13 @@ class Muon(AdamW):
                     self.gather_speed(bucket, state["moment1"], segment.place, how)
         if not self.flat.trained:
             return
-        master = self.flat.trained[0].master
-        half = self.flat.trained[0].weights.dtype.itemsize < master.dtype.itemsize
-        dtype = torch.bfloat16 if half else master.dtype
+        first = self.flat.trained[0]
+        dtype = first.exact if first.weights.dtype == first.exact else torch.bfloat16
         self.ownership.change([bucket.gradient for bucket in self.flat.trained], dtype, orthogonalised)
-        for number, segment in self.ownership.mine:
-            self.move(self.flat.trained[number], segment, how)
+        for number, bucket in enumerate(self.flat.trained):
+            with self.widened(bucket, how):
+                for segment in (segment for own, segment in self.ownership.mine if own == number):
+                    self.move(bucket, segment, how)
 
     def adapt(self, bucket: Bucket, rest: list[tuple[Segment, slice]], state: dict[str, Tensor], how: Update) -> None:
         """AdamW on what is not Muon's."""

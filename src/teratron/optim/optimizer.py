@@ -49,10 +49,15 @@ class Optimizer:
 
     states: ClassVar[tuple[str, ...]]
     """Names of the tensors that it keeps for every part."""
+    keeps_masters: ClassVar[bool] = False
+    """Whether masters are never the very weights with which the model trains."""
 
     def __init__(self, flat: FlatModel, config: OptimConfig, seed: int = 0) -> None:
         """seed: of what is drawn in updates."""
         self.flat, self.config, self.seed = flat, config, seed
+        if config.masters == "bf16":
+            for bucket in flat.buckets:
+                bucket.master = bucket.shard
         self.state = {name: [self.fresh(bucket, bucket.share) for bucket in flat.trained] for name in self.states}
         self.owned = {bucket: [(at, part.name) for part, _, at in bucket.owned()] for bucket in flat.trained}
         self.adopt(config)
@@ -60,13 +65,13 @@ class Optimizer:
     def adopt(self, config: OptimConfig) -> None:
         """From now on go by a config that differs in weight decay or clipping."""
         self.config = config
-        self.treatments = {part.name: treatment_of(part, config) for part in self.flat.stages.parts()}
+        self.treatments = {part.name: treatment_of(part, config, self.flat.stages.config.widening) for part in self.flat.stages.parts()}
         self.alike = {bucket: merged((at, self.treatments[name]) for at, name in owned) for bucket, owned in self.owned.items()}
         """The ranges of each owned slice, relative to it, whose parts are treated alike."""
 
     def fresh(self, bucket: Bucket, count: int) -> Tensor:
         """A state of so many zeros, in the numbers that `optim.moments` asks for."""
-        dtype = torch.bfloat16 if self.config.moments == "bf16" else bucket.master.dtype
+        dtype = torch.bfloat16 if self.config.moments == "bf16" else bucket.exact
         return bucket.master.new_zeros(count, dtype=dtype)
 
     def update(self, bucket: Bucket, state: dict[str, Tensor], how: Update) -> None:
@@ -81,14 +86,29 @@ class Optimizer:
 
     @contextmanager
     def opened(self, number: int, how: Update) -> Iterator[dict[str, Tensor]]:
-        """The states of the number-th trained bucket in its master's numbers; changes to them are kept."""
-        exact = self.flat.trained[number].master.dtype
-        state = {name: flats[number].to(exact) for name, flats in self.state.items()}
-        yield state
+        """Master and states of the number-th trained bucket in exact numbers; changes to them are kept."""
+        bucket = self.flat.trained[number]
+        state = {name: flats[number].to(bucket.exact) for name, flats in self.state.items()}
+        with self.widened(bucket, how):
+            yield state
         for name, flats in self.state.items():
-            if flats[number].dtype != exact:
-                for kept, changed in zip(*(self.state_pieces(name, number, flat) for flat in (flats[number], state[name])), strict=True):
-                    round_into(kept, changed.values, self.seed, how.number)
+            if flats[number].dtype != bucket.exact:
+                kept, changed = (self.state_pieces(name, number, flat) for flat in (flats[number], state[name]))
+                self.round(kept, changed, how)
+
+    @contextmanager
+    def widened(self, bucket: Bucket, how: Update) -> Iterator[None]:
+        """The master of a bucket in exact numbers; changes to it are kept."""
+        kept, bucket.master = bucket.master, bucket.master.to(bucket.exact)
+        yield
+        changed, bucket.master = bucket.master, kept
+        if changed is not kept:
+            self.round(bucket.pieces("weight", kept), bucket.pieces("weight", changed), how)
+
+    def round(self, kept: Iterator[Piece], changed: Iterator[Piece], how: Update) -> None:
+        """Put values into bfloat16 of the same pieces, at random up or down."""
+        for piece, values in zip(kept, changed, strict=True):
+            round_into(piece, values.values, self.seed, how.number)
 
     def step(self, number: int, lr: float, loss_scale: float = 1.0) -> Tensor:
         """Clip, update, publish, clear the gradients; returns the norm before clipping, a float64 scalar, the same on every rank.
@@ -100,12 +120,16 @@ class Optimizer:
         excess = (norm + 1e-6) / self.config.clip if self.config.clip else torch.ones_like(norm)
         how = Update(number, lr, loss_scale * excess.clamp(min=1.0), (~norm.isfinite()).to(torch.float32))
         self.advance(how)
-        self.flat.publish()
+        self.publish()
         self.flat.clear()
         return norm
 
     def pieces(self) -> list[Piece]:
-        """The training state that this rank owns: `weight/PART` in master precision, and `STATE/PART` for every state."""
+        """The training state that this rank owns: `weight/PART` in master precision, and `STATE/PART` for every state.
+
+        They may be written to: nothing is on its way into them any more.
+        """
+        self.flat.release()
         return list(self._pieces())
 
     def _pieces(self) -> Iterator[Piece]:
@@ -129,7 +153,16 @@ class Optimizer:
                     target = target[box.count :]
         for flat in (flat for flats in self.state.values() for flat in flats):
             flat.zero_()
+        self.publish()
+
+    def publish(self) -> None:
+        """After masters or states have changed: give the model the weights with which it trains."""
         self.flat.publish()
+
+    @contextmanager
+    def judged(self) -> Iterator[None]:
+        """The model has the weights by which it is judged."""
+        yield
 
 
 def global_norm(flat: FlatModel) -> Tensor:

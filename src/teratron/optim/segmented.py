@@ -23,12 +23,13 @@ class Segmented(Optimizer):
         self.turn(how)
         numbers = self.weigh()
         for bucket, segments in zip(self.flat.trained, self.matrices.segments, strict=True):
-            for segment in segments:
-                treatment = self.treatments[segment.part.name]
-                rate = how.gain(how.lr * treatment.lr, bucket.master)
-                own = numbers[segment.slot].to(bucket.master.dtype)
-                for small in cached(segment.place, bucket.master.device):
-                    self.move(bucket.master[small], bucket.gradient[small], own, rate, treatment.decay)
+            with self.widened(bucket, how):
+                for segment in segments:
+                    treatment = self.treatments[segment.part.name]
+                    rate = how.gain(how.lr * treatment.lr, bucket.master)
+                    own = numbers[segment.slot].to(bucket.exact)
+                    for small in cached(segment.place, bucket.master.device):
+                        self.move(bucket.master[small], bucket.gradient[small], own, rate, treatment.decay)
 
     def turn(self, how: Update) -> None:
         """Put directions in the gradients' place, and change the states."""

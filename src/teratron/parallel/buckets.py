@@ -66,9 +66,9 @@ class Span:
 class Bucket:
     """Parameters of one unit and type. Those that decay come first.
 
-    `master` is the owned slice that the optimizer updates: float32 for half types, else the weights themselves. `gradient` is
-    what it reads: the owned slice of the sum over micro-batches and ranks, float32 for half types. Frozen parameters have
-    a bucket without gradient.
+    `master` is the owned slice that the optimizer updates: float32 for half types, else the weights themselves, unless the optimizer
+    wants it otherwise. `gradient` is what it reads: the owned slice of the sum over micro-batches and ranks, float32 for half types
+    (`exact`). Frozen parameters have a bucket without gradient.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], parts: Sequence[Part], sharding: Sharding, device: torch.device) -> None:
@@ -102,12 +102,13 @@ class Bucket:
             if not parameter.is_meta:
                 self.views[name].copy_(parameter.data)
         self.shard = self.weights[self.own] if self.sharding.keep_weights else self.weights[self.own].clone()
-        self.master = self.shard.to(accurate(dtype))
+        self.exact = accurate(dtype)
+        self.master = self.shard.to(self.exact)
         if not self.sharding.keep_weights:
             release(self.weights)  # after what stays has found its place: the next bucket then begins in this one's gap
 
     def _add_gradients(self) -> None:
-        exact = self.master.dtype
+        exact = self.exact
         self.backward = torch.zeros_like(self.weights)
         """What autograd adds to."""
         self.slopes = {name: self._view(self.backward, name) for name in self.places}
@@ -137,7 +138,7 @@ class Bucket:
 
     def wired(self, gradient: Tensor) -> Tensor:
         """A gradient in the type in which it travels."""
-        half = accurate(self.weights.dtype) != self.weights.dtype
+        half = self.exact != self.weights.dtype
         return gradient.to(self.sharding.wire) if half and self.sharding.wire is not None else gradient
 
     def owned(self) -> Iterator[tuple[Part, tuple[Box, ...], slice]]:

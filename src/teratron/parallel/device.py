@@ -9,7 +9,7 @@ import torch
 from teratron.config import UserError
 from teratron.parallel.worker import Worker
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16, "fp64": torch.float64}
 """`train.precision` -> type of weights and activations."""
 
 

@@ -10,6 +10,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -162,12 +163,16 @@ class FlatModel:
         if before is not None:
             self._need(before)
 
-    def publish(self) -> None:
-        """After the masters have changed: round them into the weights, and let the other ranks have theirs ahead of the next use."""
+    def publish(self, values: Callable[[Bucket], Tensor] = attrgetter("master")) -> None:
+        """After the masters have changed: round them into the weights, and let the other ranks have theirs ahead of the next use.
+
+        values: what becomes the weights that a bucket owns.
+        """
+        self.release()  # what is still on its way would come down on what is written now
         for bucket in self.buckets:
-            if bucket.master is not bucket.shard:
-                bucket.shard.copy_(bucket.master)
-        self.release()
+            owned = values(bucket)
+            if owned is not bucket.shard:
+                bucket.shard.copy_(owned)
         for bucket in self.buckets:
             if bucket.sharding.keep_weights:
                 self._gathers[bucket] = bucket.owners.gather(bucket.weights, bucket.shard)

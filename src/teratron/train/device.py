@@ -76,9 +76,11 @@ def state_bytes(config: Config, owners: int) -> float:
     weight = torch.finfo(DTYPES[config.train.precision]).bits // 8
     exact = max(weight, 4)
     half = weight < exact
+    optimizer_class = OPTIMIZERS[config.optim.name]
+    masters = exact if config.optim.masters == "fp32" and (half or optimizer_class.keeps_masters) else 0
     shared = {"none": 0, "optimizer": 1, "gradients": 2, "parameters": 3}[config.parallel.shard]
-    moments = len(OPTIMIZERS[config.optim.name].states) * (2 if config.optim.moments == "bf16" else exact)
-    optimizer = (moments + exact * half) / (owners if shared >= 1 else 1)
+    moments = len(optimizer_class.states) * (2 if config.optim.moments == "bf16" else exact)
+    optimizer = (moments + masters) / (owners if shared >= 1 else 1)
     gradients = (exact + weight * half) / 1 if shared < 2 else exact / owners
     return optimizer + gradients + weight / (owners if shared >= 3 else 1)
 

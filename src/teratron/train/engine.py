@@ -105,11 +105,12 @@ class Engine:
         The layers' own terms are told, but the loss is the objective's alone.
         """
         tally = Tally()
-        for batch in batches:
-            work = MicroBatches(self, self.scorer, self._padded(batch), tally)
-            tally.count(self.scorer.counts(work.batch) | layer_counts(self.model, work.batch))
-            self._runtime(len(work.parts)).run(work, forward_only=True)
-        self.flat.release()
+        with self.optimizer.judged():
+            for batch in batches:
+                work = MicroBatches(self, self.scorer, self._padded(batch), tally)
+                tally.count(self.scorer.counts(work.batch) | layer_counts(self.model, work.batch))
+                self._runtime(len(work.parts)).run(work, forward_only=True)
+            self.flat.release()
         tally.counts = self._summed(tally.counts)
         return self._reduced(tally)
 

@@ -74,7 +74,7 @@ def _held(engine: Engine) -> Iterator[tuple[tuple[str, tuple[Box, ...]], Tensor]
         yield (piece.name, piece.boxes), piece.values
     engine.flat.release()  # waits for what is being gathered
     for bucket in engine.flat.buckets:
-        if bucket.sharding.keep_weights and (bucket.owners.size > 1 or bucket.weights.dtype != bucket.master.dtype):
+        if bucket.sharding.keep_weights and (bucket.owners.size > 1 or bucket.master is not bucket.shard):
             for span in bucket.spans:
                 part = span.part
                 yield (f"used/{part.name}", (Box(part.offset, part.size),)), bucket.weights[span.start : span.stop]

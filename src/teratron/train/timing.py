@@ -146,7 +146,7 @@ def state_bytes(optimizer: Optimizer) -> tuple[int, int, int]:
     buckets = optimizer.flat.buckets
     weights = _bytes(tensor for bucket in buckets for tensor in (bucket.weights, bucket.shard))
     gradients = _bytes(tensor for bucket in buckets if bucket.trained for tensor in _gradients(bucket))
-    masters = _bytes(bucket.master for bucket in buckets if bucket.master.dtype != bucket.weights.dtype)
+    masters = _bytes(bucket.master for bucket in buckets if bucket.master is not bucket.shard)
     return weights, gradients, masters + _bytes(flat for flats in optimizer.state.values() for flat in flats)
 
 

@@ -158,7 +158,7 @@ class Trainer:
             self.optimizer.initialise(self.config.train.seed)
         else:
             load_training(checkpoint, self.optimizer.pieces(), self.mesh.control)
-            self.engine.flat.publish()
+            self.optimizer.publish()
         self.loss_scale = self.state.loss_scale or LossScale.start(self.config.optim, self.config.train.precision)
 
     def _newest(self, config: Config) -> Checkpoint | None:
