@@ -25,6 +25,8 @@ VERBS = {
     "data": "teratron.cli.data",
     "train": "teratron.cli.train",
     "generate": "teratron.cli.generate",
+    "sweep": "teratron.cli.sweep",
+    "range-test": "teratron.cli.range_test",
     "watch": "teratron.cli.watch",
     "inspect": "teratron.cli.inspect",
     "convert": "teratron.cli.convert",

@@ -338,8 +338,10 @@ class OptimConfig(Section):
     """Learning rate at the end of the decay."""
     warmup_steps: int = key(0, at_least(0))
     """Steps over which the learning rate rises linearly from 0."""
-    schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = key("cosine")
-    """Shape after the warm-up; wsd = constant, then a linear decay over the last decay_steps."""
+    schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant", "range"] = key("cosine")
+    """Shape after the warm-up; wsd = constant, then a linear decay over the last decay_steps.
+
+    range = an exponential rise from min_lr to lr, to find a learning rate with."""
     decay_steps: int = key(0, at_least(0))
     """Step at which cosine and linear reach min_lr (0 = train.steps); for wsd the length of the last decay (0 = a fifth of train.steps)."""
     weight_decay: float = key(0.1, at_least(0))
@@ -386,6 +388,11 @@ class OptimConfig(Section):
     def check(self) -> None:
         if self.min_lr > self.lr:
             raise UserError(f"optim.min_lr = {self.min_lr} exceeds optim.lr = {self.lr}: lower it")
+        if self.schedule == "range" and (not self.min_lr or self.warmup_steps):
+            raise UserError(
+                f"optim.schedule = range rises from optim.min_lr = {self.min_lr} without a warm-up (optim.warmup_steps = "
+                f"{self.warmup_steps}): set optim.min_lr above 0 and optim.warmup_steps to 0"
+            )
         for text in self.groups:
             parse_group(text)
         if self.name == "schedule_free":

@@ -12,6 +12,8 @@ def learning_rate(config: OptimConfig, step: int, total: int) -> float:
 
     The formulas are Megatron-LM's with our step k at its k: warm-up reaches the maximum at step warmup_steps.
     """
+    if config.schedule == "range":
+        return config.min_lr * (config.lr / config.min_lr) ** ((step - 1) / max(total - 1, 1))
     warmup = config.warmup_steps
     if step <= warmup:
         return config.lr * step / warmup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ LARGEST, SMALLEST = 1e250, 1e-250
 
 @dataclass(frozen=True)
 class Series:
-    """One curve; None or NaN in `y` is a gap. `form`: a line, a faint line behind another, or a thin line with dots."""
+    """One curve; None or NaN in `y` is a gap. `form`: a line, a faint line behind another, or a thin line with dots.
+
+    Without a name it stands in no legend and no tooltip."""
 
     name: str
     x: Sequence[float]
@@ -91,6 +94,7 @@ def line_chart(
     title: str,
     x_label: str,
     y_label: str,
+    log_x: bool = False,
     log_y: bool = False,
     rules: Sequence[Rule] = (),
     lanes: Sequence[Lane] = (),
@@ -101,7 +105,8 @@ def line_chart(
 ) -> str:
     """An `<svg>` of the curves, sized by its container; `STYLE` holds its colours.
 
-    Long curves are thinned to about 1,000 points. With `log_y` numbers <= 0 are gaps; `from_zero` starts the axis at 0.
+    Long curves are thinned to about 1,000 points. With `log_y` numbers <= 0 are gaps, with `log_x` all x are above 0; `from_zero` starts
+    the y axis at 0.
     `x_note` turns an x into the first line of its tooltip. Raises ValueError when a curve's x and y differ in length.
     """
     curves = [
@@ -116,7 +121,8 @@ def line_chart(
     y_ticks, low, high = _y_axis([y for _, y in known] + [rule.y for rule in rules], log_y, from_zero, max(3, (bottom - top) // 45))
     left = 10 + max(_width(label) for label in [*(label for _, label in y_ticks), *(lane.name for lane in lanes)])
     y_scale = _Scale(low, high, bottom, top, log_y)
-    x_ticks, x_scale = _x_axis([x for x, _ in known] + [x for lane in lanes for x in (*lane.x, *lane.until)], left, width - 8)
+    places = [x for x, _ in known] + [x for lane in lanes for x in (*lane.x, *lane.until)]
+    x_ticks, x_scale = (_log_x_axis if log_x else _x_axis)(places, left, width - 8)
     body = [
         *(_grid(y_scale(tick), label, left, width - 8) for tick, label in y_ticks),
         *_x_labels(x_ticks, x_scale, x_label, height, width),
@@ -255,6 +261,20 @@ def _x_axis(values: list[float], left: float, right: float) -> tuple[Ticks, _Sca
     return ticks, _Scale(low, high, left, right)
 
 
+def _log_x_axis(values: list[float], left: float, right: float) -> tuple[Ticks, _Scale]:
+    """The same by logarithm."""
+    low, high = (min(values), max(values)) if values else (1.0, 10.0)
+    low, high = (low, high) if low < high else (low / 2, high * 2)
+    scale = _Scale(low, high, left, right, log=True)
+    ticks: Ticks = []
+    for count in range(max(2, int(right - left) // 60), 0, -1):
+        ticks = [(tick, tick_label(tick, _last_digit(tick), tick)) for tick in log_ticks(low, high, count)]
+        ends = [(scale(tick) - _width(label) / 2, scale(tick) + _width(label) / 2) for tick, label in ticks]
+        if all(after[0] - before[1] > 8 for before, after in itertools.pairwise(ends)):
+            break
+    return ticks, scale
+
+
 def _grid(y: float, label: str, left: float, right: float) -> str:
     line = f'<line class="grid" x1="{left:.0f}" x2="{right:.0f}" y1="{y:.1f}" y2="{y:.1f}"/>'
     return f'{line}<text class="soft" x="{left - 6:.0f}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
@@ -283,7 +303,7 @@ def _head(curves: list[tuple[Series, Points]], rules: Sequence[Rule], title: str
     if x + _width(y_label) > width:
         x, y = 0, y + 17
     parts.append(f'<text class="soft" x="{x:.0f}" y="{y}">{escape(y_label)}</text>')
-    entries = [(one.name, f"{one.form} hue-{one.hue}") for one, _ in curves] + [(rule.name, "rule") for rule in rules]
+    entries = [(one.name, f"{one.form} hue-{one.hue}") for one, _ in curves if one.name] + [(rule.name, "rule") for rule in rules]
     x, y = 0, y + 19
     for name, style in entries if len(entries) > 1 else []:
         if x and x + 24 + _width(name) > width:
@@ -327,7 +347,7 @@ def _lane(lane: Lane, scale: _Scale, top: float) -> str:
 
 def _tips(curves: list[tuple[Series, Points]], scale: _Scale, top: float, bottom: float, x_note: Callable[[float], str]) -> list[str]:
     """Invisible strips over the plot whose `<title>` tells x and every curve's value there."""
-    drawn = [(one, [(x, y) for x, y in points if math.isfinite(y)]) for one, points in curves if one.form != "faint"]
+    drawn = [(one, [(x, y) for x, y in points if math.isfinite(y)]) for one, points in curves if one.name and one.form != "faint"]
     count = min(120, len({x for _, points in drawn for x, _ in points}))
     strips: dict[int, dict[str, tuple[float, float]]] = {}
     for one, points in drawn:
