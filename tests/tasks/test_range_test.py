@@ -10,7 +10,6 @@ from tiny import KEYS, events, tiny, write_text
 
 from teratron.cli.main import main
 from teratron.config import Config, OptimConfig, UserError
-from teratron.optim import learning_rate
 from teratron.tasks.range_test import find, range_config, tell
 
 RATES = [10 ** (-6 + 6 * i / 199) for i in range(200)]
@@ -47,12 +46,6 @@ def test_a_flat_or_empty_curve_finds_nothing() -> None:
         found = find(rates, losses, 200)
         assert math.isnan(found.steepest)
         assert math.isnan(found.suggested)
-
-
-def test_the_schedule_rises_by_one_factor_from_end_to_end() -> None:
-    config = range_config(tiny("none"), 1e-6, 1e-2, 5)
-    rates = [learning_rate(config.optim, step, 5) for step in range(1, 6)]
-    assert rates == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
 
 
 def test_a_range_is_refused_where_it_has_no_beginning() -> None:
