@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import STYLES, small_model
 
 from teratron.checkpoint import LoadedModel
 from teratron.config import UserError
 from teratron.generate import ContrastiveSearch, ContrastiveStream, Request, Sampling, TokenStream, complete, generate
-from teratron.models import Model
+from teratron.models import Model, build_model, initialise
 
 PROMPTS = [[72, 105], [256], [84, 104, 101, 32, 99, 97, 116, 32, 115, 97, 116], [10, 20, 30]]
 NEW = 20
@@ -75,6 +77,14 @@ def test_rows_reach_the_last_position(model: Model) -> None:
     rows = rows_of(ContrastiveStream(model, prompts, ContrastiveSearch(4)), 2)
     assert [len(row) for row in rows] == [4, 62]
     assert rows[0] == searched(model, prompts[0], 4, 4, 0.6)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_cache_that_rolls_with_a_window(style: str) -> None:
+    model = build_model(replace(small_model(style).config, window=3), dtype=torch.float64)
+    initialise(model, seed=1)
+    expected = [searched(model, prompt, NEW, 4, 0.6) for prompt in PROMPTS]
+    assert rows_of(ContrastiveStream(model.eval(), PROMPTS, ContrastiveSearch(4), NEW)) == expected
 
 
 def test_ids_above_vocab_are_no_candidates(model: Model) -> None:
