@@ -160,6 +160,16 @@ def test_a_config_is_drawn_on_ranks(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert ">gpt2-1.5b</text>" in (tmp_path / "a.svg").read_text("utf-8")
 
 
+def test_schedules_are_drawn_before_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ["--train.batch_schedule", "0:4, 500:8, 750:12", "--optim.warmup_steps", "10%", "--optim.weight_decay_ramp", "linear"]
+    lines = said(capsys, "--schedule", "shakespeare-char", *keys, "--svg", tmp_path / "a.svg")
+    assert row(lines, "200") == ["51.2", "k", "4", "0.001", "0.01"]
+    assert row(lines, "501")[2] == "8"
+    assert row(lines, "2,000")[-3:] == ["12", "0.0001", "0.1"]
+    assert "in all 2,000 steps, 19,000 sequences, 1,216,000 tokens" in lines
+    assert (tmp_path / "a.svg").read_text("utf-8").count('class="chart"') == 4
+
+
 def test_a_vocabulary_that_only_the_data_knows_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "drawn with 128: --model.vocab_size" in said(capsys, "--layout", "shakespeare-char", "--parallel.tensor", 2)[-1]
     assert "drawn with" not in said(capsys, "--layout", "shakespeare-char", "--model.vocab_size", 65)[-1]
@@ -176,6 +186,9 @@ def test_a_vocabulary_that_only_the_data_knows_is_told(capsys: pytest.CaptureFix
         (["--layout", "gpt2-124m", "--nproc", "0"], "at least 1 process"),
         (["--layout", "gpt2-124m", "--nproc", "7"], "cannot be shared by 7 data ranks"),
         (["--layout", "gpt2"], "no preset or file 'gpt2'"),
+        (["run", "--schedule", "gpt2-124m"], "CHECKPOINT is about a checkpoint"),
+        (["--schedule", "gpt2-124m", "--layout", "gpt2-124m"], "--layout is about them"),
+        (["--schedule", "gpt2-124m", "--nproc", "2"], "--nproc is about them"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

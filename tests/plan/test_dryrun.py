@@ -262,6 +262,14 @@ def test_micro_batches_on_paper_count_like_executed_ones(ranks: int, keys: dict[
     assert dry(keys, ranks, rank) == dry(keys, ranks, rank, whole=True)
 
 
+def test_a_step_of_many_micro_batches_needs_no_more_memory_than_one_of_two() -> None:
+    """Beside the batch itself, every micro-batch executed."""
+    keys = {"train.global_batch": 4, "train.micro_batch": 2}
+    few, many = (dry(keys | more, whole=True) for more in ({}, {"train.global_batch": 32, "train.batch_schedule": "0:4, 5:32"}))
+    assert (few.micro_batches, many.micro_batches) == (2, 16)
+    assert many.total - many.peak["batch"] == few.total - few.peak["batch"]
+
+
 def test_many_micro_batches_continue_the_line_of_the_first_ones() -> None:
     some, more, many = (dry({"train.global_batch": count}, 1).flops for count in (4, 5, 50))
     assert many == some + 46 * (more - some)

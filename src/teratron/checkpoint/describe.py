@@ -39,7 +39,8 @@ def _facts(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     yield "written", _written(checkpoint.manifest)
     yield "model", _model(config)
     optim, train = config.optim, config.train
-    yield "training", f"{train.precision}, {optim.name}, learning rate {optim.lr:g}, global batch {train.global_batch:,}, seed {train.seed}"
+    batch = f"global batch {config.largest_batch:,}"
+    yield "training", f"{train.precision}, {optim.name}, learning rate {optim.lr:g}, {batch}, seed {train.seed}"
     yield "parameters", f"{sum(tensor.count for tensor in tensors if _kind(tensor) == 'weight'):,}"
     for kind in sorted(set(map(_kind, tensors)), key=_kind_order):
         own = [tensor for tensor in tensors if _kind(tensor) == kind]

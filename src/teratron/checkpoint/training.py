@@ -43,6 +43,8 @@ class TrainingState:
     """The last ones, by which a spike is known; none where nobody looks for it."""
     live: tuple[tuple[int, str, float], ...] = ()
     """What was changed on the way: (first step, what, its value), by first step; these may lie ahead."""
+    noise: tuple[float, ...] = ()
+    """Smoothed signal and variance of the gradient, as `log.noise_scale` has measured them; none before."""
 
 
 def save_training(
@@ -112,7 +114,7 @@ def saved_state(checkpoint: Checkpoint) -> TrainingState:
         left_out, losses = tuple(map(int, saved.get("left_out", ()))), tuple(map(float, saved.get("losses", ())))
         counts = int(saved["step"]), int(saved["tokens"]), float(saved["seconds"]), phases, int(saved.get("skipped", 0))
         live = tuple((int(step), str(name), float(value)) for step, name, value in saved.get("live", ()))
-        return TrainingState(*counts, scale, left_out, losses, live)
+        return TrainingState(*counts, scale, left_out, losses, live, tuple(map(float, saved.get("noise", ()))))
     except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{checkpoint.folder}/manifest.json: holds no state of a training run: it can be used, not trained on") from None
 

@@ -106,7 +106,7 @@ def _preset_row(name: str) -> str:
     source = (resources.files("teratron.config") / "presets" / f"{name}.toml").read_text("utf-8").splitlines()[0].removeprefix("# ")
     vocabulary = str(model.vocab_size or "the tokenizer's")
     cells = [f"`{name}`", model.layers, model.hidden, f"{model.heads} ({model.key_value_heads})", model.ffn_width, model.seq_length]
-    cells += [vocabulary, config.optim.lr, train.steps, train.global_batch, source]
+    cells += [vocabulary, config.optim.lr, train.steps, config.largest_batch, source]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 

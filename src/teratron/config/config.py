@@ -12,9 +12,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from teratron.config.batches import Batches, plan_batches
 from teratron.config.errors import UserError, nearest
 from teratron.config.fits import check_fit
 from teratron.config.keys import coerce, kind_of
+from teratron.config.lengths import Clock, parse_length
 from teratron.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -59,27 +61,66 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        check_fit(self.objective.name, self.model.family)
         self._check_precision()
         self._check_mup()
-        optim, steps = self.optim, self.train.steps
-        check_fit(self.objective.name, self.model.family)
         if self.train.spike_zscore and (self.checkpoint.every == 0 or self.checkpoint.keep == 1):
             name = "every" if self.checkpoint.every == 0 else "keep"
             raise UserError(
                 f"train.spike_zscore = {self.train.spike_zscore} goes back to an earlier checkpoint, of which checkpoint.{name} = "
                 f"{getattr(self.checkpoint, name)} leaves none: raise checkpoint.{name}, or leave train.spike_zscore out"
             )
-        if optim.schedule != "constant" and optim.warmup_steps > steps:
+        self._check_batches()
+        self._check_schedule()
+        self._check_clipping()
+
+    def _check_batches(self) -> None:
+        micro, plain = self.train.micro_batch, not self.train.batch_tokens and not self.train.batch_schedule
+        for size in self.batches.sizes:
+            if micro and size % micro:
+                name = f"train.global_batch = {size}" if plain else f"a global batch of {size} sequences"
+                raise UserError(f"{name} is not divisible by train.micro_batch = {micro}: choose a divisor of the global batch")
+
+    def _check_schedule(self) -> None:
+        optim, steps = self.optim, self.train.steps
+        warmup, decay = (parse_length(value, "") for value in (optim.warmup_steps, optim.decay_steps))
+        risen = self.clock.after(warmup)
+        if optim.schedule != "constant" and risen > self.clock.now(steps):
             raise UserError(f"optim.warmup_steps = {optim.warmup_steps} exceeds train.steps = {steps}: lower the first")
-        if optim.schedule in ("cosine", "linear") and 0 < optim.decay_steps < optim.warmup_steps:
+        if optim.schedule in ("cosine", "linear") and decay.amount and self.clock.after(decay) < risen:
             raise UserError(
                 f"optim.decay_steps = {optim.decay_steps} ends before optim.warmup_steps = {optim.warmup_steps}: raise the first"
             )
-        if optim.schedule == "wsd" and optim.decay_steps > steps - optim.warmup_steps:
+        if optim.schedule == "wsd" and decay.amount and self.clock.before_end(decay) < risen:
             raise UserError(
                 f"optim.decay_steps = {optim.decay_steps} and optim.warmup_steps = {optim.warmup_steps} overlap "
                 f"in train.steps = {steps}: lower one"
             )
+
+    def _check_clipping(self) -> None:
+        bound, by = self.optim.clip, self.optim.clip_by
+        if by != "norm" and bound == 0:
+            raise UserError(f"optim.clip_by = {by} with optim.clip = 0 clips nothing: set optim.clip, or leave optim.clip_by out")
+        if by == "adaptive" and bound >= 1:
+            raise UserError(
+                f"optim.clip = {bound} with optim.clip_by = adaptive lets a gradient be as large as its weights, which is no bound: "
+                "expected below 1, such as 0.01"
+            )
+
+    @functools.cached_property
+    def batches(self) -> Batches:
+        """How many sequences each step takes."""
+        return plan_batches(self.train.global_batch, self.train.batch_tokens, self.train.batch_schedule, self.model.seq_length)
+
+    @property
+    def largest_batch(self) -> int:
+        """Sequences of the largest step."""
+        return self.batches.sizes[-1]
+
+    @functools.cached_property
+    def clock(self) -> Clock:
+        """What the schedules of `optim.*` go by."""
+        return Clock(self.optim.clock, self.train.steps, self.model.seq_length, self.batches)
 
     def _check_precision(self) -> None:
         train, optim = self.train, self.optim

@@ -63,7 +63,7 @@ def _hints(section: type) -> dict[str, Any]:
 
 
 def kind_of(section: type, name: str) -> Any:
-    """The declared type of a field: int, float, bool, str, tuple[str, ...], Literal[...], or a number or some words."""
+    """The declared type of a field: int, float, bool, str, tuple[str, ...], Literal[...], or a number or some words or any text."""
     return _hints(section)[name]
 
 
@@ -86,9 +86,9 @@ def coerce(value: Any, kind: Any, name: str) -> Any:
         raise UserError(f"{name} = {value!r}: expected one of {', '.join(typing.get_args(kind))}")
     if _is_union(kind):
         number, words = typing.get_args(kind)
-        if value in typing.get_args(words):
+        if value in typing.get_args(words) or (words is str and isinstance(value, str) and not value.lstrip("+-").isdigit()):
             return value
-        kind, expected = number, f"{kind_name(number)} or {' or '.join(typing.get_args(words))}"
+        kind, expected = number, f"{kind_name(number)} or {' or '.join(typing.get_args(words)) or 'text'}"
     else:
         expected = kind_name(kind)
     if kind == tuple[str, ...]:
@@ -105,7 +105,7 @@ def coerce(value: Any, kind: Any, name: str) -> Any:
 
 
 def _is_union(kind: Any) -> bool:
-    """Whether a type is a number or some words, as `int | Literal["auto"]`."""
+    """Whether a type is a number or words, as `int | Literal["auto"]` or `int | str`."""
     return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from teratron.config.errors import UserError
 from teratron.config.groups import parse_group
 from teratron.config.keys import Section, above, at_least, between, key
+from teratron.config.lengths import parse_length
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,9 @@ class ModelConfig(Section):
                 f"model.seq_length = {self.seq_length} exceeds model.max_positions = {self.max_positions}: "
                 "lower the first or raise the second"
             )
-        self._check_pattern()
         if self.mup_base_head and not self.mup_base:
             raise UserError(f"model.mup_base_head = {self.mup_base_head} without model.mup_base: set both, or leave it out")
+        self._check_pattern()
         self._check_experts()
 
     def _check_pattern(self) -> None:
@@ -192,10 +193,6 @@ class ModelConfig(Section):
         """Whether a block (from 0) has experts."""
         return self.experts > 0 and layer >= self.moe_first_dense and (layer - self.moe_first_dense) % self.moe_every == 0
 
-    def attends_everywhere(self, layer: int) -> bool:
-        """Whether a block (from 0) has no window, though the model has."""
-        return self.global_every > 0 and (layer + 1) % self.global_every == 0
-
     @property
     def widening(self) -> float:
         """How many times as wide as at `mup_base`; 1 without."""
@@ -210,6 +207,10 @@ class ModelConfig(Section):
     def query_factor(self) -> float:
         """Of queries, beside the usual 1 / sqrt(head features)."""
         return math.sqrt(self.mup_base_head / self.head_features) if self.mup_base_head else 1.0
+
+    def attends_everywhere(self, layer: int) -> bool:
+        """Whether a block (from 0) has no window, though the model has."""
+        return self.global_every > 0 and (layer + 1) % self.global_every == 0
 
     @property
     def expert_width(self) -> int:
@@ -336,16 +337,26 @@ class OptimConfig(Section):
     """Highest learning rate."""
     min_lr: float = key(0.0, at_least(0))
     """Learning rate at the end of the decay."""
-    warmup_steps: int = key(0, at_least(0))
-    """Steps over which the learning rate rises linearly from 0."""
+    warmup_steps: int | str = key(0, at_least(0))
+    """Steps over which the learning rate rises linearly from 0; or a share of the run such as 5%, or tokens such as `300M tokens`."""
     schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant", "range"] = key("cosine")
-    """Shape after the warm-up; wsd = constant, then a linear decay over the last decay_steps.
+    """Shape after the warm-up; wsd = constant, then a decay over the last decay_steps.
 
     range = an exponential rise from min_lr to lr, to find a learning rate with."""
-    decay_steps: int = key(0, at_least(0))
-    """Step at which cosine and linear reach min_lr (0 = train.steps); for wsd the length of the last decay (0 = a fifth of train.steps)."""
+    decay_steps: int | str = key(0, at_least(0))
+    """Step at which cosine and linear reach min_lr (0 = train.steps); for wsd the length of the last decay (0 = a fifth of train.steps).
+
+    As optim.warmup_steps it may be a share of the run or tokens."""
+    decay_shape: Literal["linear", "cosine", "sqrt", "exponential"] = key("linear")
+    """How wsd decays over the share r of its last decay: 1 - r, (1 + cos(pi r)) / 2, 1 - sqrt(r), or 2^(1 - r) - 1 (Megatron-LM's)."""
+    clock: Literal["steps", "tokens"] = key("steps")
+    """What learning rate and weight decay go by; tokens = more slowly while batches are small."""
     weight_decay: float = key(0.1, at_least(0))
     """Weight decay, with adam and sgd as L2, else decoupled; biases and norms are never decayed."""
+    weight_decay_ramp: Literal["none", "linear", "cosine"] = key("none")
+    """Let the weight decay go from weight_decay_start to weight_decay over the whole run; groups with a decay of their own keep theirs."""
+    weight_decay_start: float = key(0.0, at_least(0))
+    """Weight decay at the beginning of a ramp."""
     groups: tuple[str, ...] = key(())
     """Parts that learn differently, by patterns of their names, such as `*.bias: lr=0.1 decay=0` or `embedding.*: frozen`.
 
@@ -373,7 +384,9 @@ class OptimConfig(Section):
     adam_lr: float = key(0.0, at_least(0))
     """Highest learning rate of what muon leaves to AdamW (embeddings, output projection, norms, biases); 0 = optim.lr."""
     clip: float = key(1.0, at_least(0))
-    """Largest global gradient norm; 0 = no clipping."""
+    """Largest global gradient norm, or what optim.clip_by says; 0 = no clipping."""
+    clip_by: Literal["norm", "value", "adaptive"] = key("norm")
+    """What optim.clip bounds: the norm of all gradients together, each element, or each matrix's norm over that of its weights."""
     loss_scale: float = key(0.0, at_least(0))
     """Factor of the loss in fp16, which keeps small gradients from vanishing; 0 = adjusted on the way."""
     initial_loss_scale: float = key(2.0**32, at_least(1))
@@ -392,6 +405,18 @@ class OptimConfig(Section):
             raise UserError(
                 f"optim.schedule = range rises from optim.min_lr = {self.min_lr} without a warm-up (optim.warmup_steps = "
                 f"{self.warmup_steps}): set optim.min_lr above 0 and optim.warmup_steps to 0"
+            )
+        for name in ("warmup_steps", "decay_steps"):
+            parse_length(getattr(self, name), f"optim.{name}")
+        if self.decay_shape != "linear" and self.schedule != "wsd":
+            raise UserError(
+                f"optim.decay_shape = {self.decay_shape} is how wsd decays, but optim.schedule = {self.schedule}: add "
+                "--optim.schedule wsd, or leave optim.decay_shape out"
+            )
+        if self.weight_decay_start and self.weight_decay_ramp == "none":
+            raise UserError(
+                f"optim.weight_decay_start = {self.weight_decay_start} with optim.weight_decay_ramp = none changes nothing: set "
+                "--optim.weight_decay_ramp linear or cosine, or leave it out"
             )
         for text in self.groups:
             parse_group(text)
@@ -412,6 +437,8 @@ class OptimConfig(Section):
             )
         if not isinstance(self.warmup_steps, int):
             raise UserError(f"optim.name = schedule_free warms up over steps, optim.warmup_steps = {self.warmup_steps}: give a number")
+        if self.clock != "steps":
+            raise UserError(f"optim.name = schedule_free warms up over steps, optim.clock = {self.clock}: leave optim.clock out")
         if self.masters == "bf16":
             raise UserError(
                 "optim.name = schedule_free averages master weights, which optim.masters = bf16 does without: leave optim.masters out, "
@@ -429,6 +456,12 @@ class TrainConfig(Section):
     """Optimizer steps of the whole run."""
     global_batch: int = key(32, at_least(1))
     """Sequences of one optimizer step, over all processes."""
+    batch_tokens: int = key(0, at_least(0))
+    """Tokens of one optimizer step, in place of train.global_batch; 0 = global_batch * seq_length."""
+    batch_schedule: str = key("")
+    """How the batch grows to its size: START INCREMENT LENGTH (Megatron-LM's ramp over LENGTH sequences), or STEP:SIZE, STEP:SIZE, ...
+
+    In sequences, or with train.batch_tokens in tokens; empty = the same size always."""
     micro_batch: int = key(0, at_least(0))
     """Sequences of one forward and backward pass of a process; 0 = its whole share of the global batch."""
     precision: Literal["fp32", "bf16", "fp16", "fp8", "fp64"] = key("fp32")
@@ -474,11 +507,6 @@ class TrainConfig(Section):
                 f"train.recompute_every = {self.recompute_every} with train.recompute = none, which makes nothing again: "
                 "set --train.recompute full or selective, or leave train.recompute_every out"
             )
-        if self.micro_batch and self.global_batch % self.micro_batch:
-            raise UserError(
-                f"train.global_batch = {self.global_batch} is not divisible by train.micro_batch = {self.micro_batch}: "
-                "choose a divisor of the global batch"
-            )
 
 
 @dataclass(frozen=True)
@@ -519,3 +547,7 @@ class LogConfig(Section):
     """Experiment of MLflow that the curves are sent to as well (needs the mlflow package); empty = none."""
     profile_step: int = key(0, at_least(0))
     """Step that is traced by PyTorch's profiler into RUN/profile; 0 = none, until a file RUN/profile-now asks for one."""
+    noise_scale: int = key(0, at_least(0))
+    """Steps between measurements of the gradient noise scale, each of which costs a quarter of a step; 0 = never."""
+    norms: int = key(0, at_least(0))
+    """Steps between events with every part's gradient norm, weight norm and relative update; 0 = never."""

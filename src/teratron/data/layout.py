@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,10 +59,10 @@ def train_samples(config: Config, sources: Sequence[Source], split: str, phases:
             if part is not None
         ]
         return (parts[0] if len(parts) == 1 else BlendedSamples.native(parts, _weights(sources), seed)), tokens
+    ends = [config.batches.until(steps) for steps in (0, *itertools.accumulate(phases))]
     orders: list[tuple[int, Samples]] = []
-    for number, steps in enumerate(phases):
-        count = steps * config.train.global_batch
-        orders.append((count, _megatron(sources, split, count, length, seed + number)))
+    for number, (start, end) in enumerate(itertools.pairwise(ends)):
+        orders.append((end - start, _megatron(sources, split, end - start, length, seed + number)))
     return (orders[0][1] if len(orders) == 1 else PhasedSamples(orders)), tokens
 
 

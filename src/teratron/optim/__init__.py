@@ -10,11 +10,11 @@ from teratron.optim.lion import Lion
 from teratron.optim.muon import Muon
 from teratron.optim.optimizer import Optimizer, global_norm
 from teratron.optim.scale import LossScale
-from teratron.optim.schedule import learning_rate
+from teratron.optim.schedule import learning_rate, optim_at
 from teratron.optim.schedule_free import ScheduleFree
 from teratron.parallel.flat import FlatModel
 
-__all__ = ["OPTIMIZERS", "LossScale", "Optimizer", "build_optimizer", "global_norm", "learning_rate"]
+__all__ = ["OPTIMIZERS", "LossScale", "Optimizer", "build_optimizer", "global_norm", "learning_rate", "optim_at"]
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adamw": AdamW,

@@ -65,8 +65,11 @@ class SGD(Elementwise):
     states: ClassVar = ("moment1",)
 
     def run(self, held: list[list[Tensor]], treatment: Treatment, how: Update, options: dict[str, Any]) -> None:
+        weights, gradients, moments = held
         torch._fused_sgd_(
-            *held,
+            weights,
+            gradients,
+            moments if self.config.momentum else [],  # the kernel takes none without momentum
             lr=how.lr * treatment.lr,
             momentum=self.config.momentum,
             weight_decay=treatment.decay,

@@ -12,7 +12,7 @@ from torch import Tensor
 from teratron.config import OptimConfig
 from teratron.optim.elementwise import AdamW
 from teratron.optim.groups import Treatment
-from teratron.optim.matrices import Matrices, Segment, packed
+from teratron.optim.matrices import Segment, packed
 from teratron.optim.optimizer import Update, cached
 from teratron.optim.ownership import Ownership
 from teratron.parallel.boxes import Piece
@@ -31,7 +31,6 @@ class Muon(AdamW):
 
     def __init__(self, flat: FlatModel, config: OptimConfig, seed: int = 0) -> None:
         super().__init__(flat, config, seed)
-        self.matrices = Matrices(flat)
         self.ownership = Ownership(self.matrices, lambda segment: segment.part.inner, flops)
         self.rest = [packed(segment for segment in segments if not segment.part.inner) for segments in self.matrices.segments]
         """Of every trained bucket what is AdamW's, with its place in the second moments, of which there are no others."""

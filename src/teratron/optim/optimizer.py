@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from teratron.config import OptimConfig
 from teratron.models import initial_values
+from teratron.optim.clipping import clip_adaptively, clip_values, norm_excess
 from teratron.optim.groups import treatment_of
-from teratron.optim.matrices import square
+from teratron.optim.matrices import Matrices, square
 from teratron.optim.rounding import round_into
 from teratron.parallel.boxes import Piece
 from teratron.parallel.buckets import Bucket, merged
@@ -69,6 +71,11 @@ class Optimizer:
         self.alike = {bucket: merged((at, self.treatments[name]) for at, name in owned) for bucket, owned in self.owned.items()}
         """The ranges of each owned slice, relative to it, whose parts are treated alike."""
 
+    @cached_property
+    def matrices(self) -> Matrices:
+        """What is trained here, matrix by matrix."""
+        return Matrices(self.flat)
+
     def fresh(self, bucket: Bucket, count: int) -> Tensor:
         """A state of so many zeros, in the numbers that `optim.moments` asks for."""
         dtype = torch.bfloat16 if self.config.moments == "bf16" else bucket.exact
@@ -117,12 +124,22 @@ class Optimizer:
         device decides that: the host waits for nothing here.
         """
         norm = global_norm(self.flat) / loss_scale
-        excess = (norm + 1e-6) / self.config.clip if self.config.clip else torch.ones_like(norm)
-        how = Update(number, lr, loss_scale * excess.clamp(min=1.0), (~norm.isfinite()).to(torch.float32))
+        how = Update(number, lr, loss_scale * self.clip(norm, loss_scale), (~norm.isfinite()).to(torch.float32))
         self.advance(how)
         self.publish()
         self.flat.clear()
         return norm
+
+    def clip(self, norm: Tensor, loss_scale: float) -> Tensor:
+        """Clip the gradients as `optim.clip_by` says; returns what all of them are yet to be divided by for that."""
+        bound, by = self.config.clip, self.config.clip_by
+        if bound and by == "norm":
+            return norm_excess(norm, bound)
+        if bound and by == "value":
+            clip_values(self.flat, bound * loss_scale)
+        if bound and by == "adaptive":
+            clip_adaptively(self.matrices, bound, loss_scale)
+        return torch.ones_like(norm)
 
     def pieces(self) -> list[Piece]:
         """The training state that this rank owns: `weight/PART` in master precision, and `STATE/PART` for every state.

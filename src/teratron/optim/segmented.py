@@ -6,18 +6,11 @@ from abc import abstractmethod
 
 from torch import Tensor
 
-from teratron.config import OptimConfig
-from teratron.optim.matrices import Matrices
 from teratron.optim.optimizer import Optimizer, Update, cached
-from teratron.parallel.flat import FlatModel
 
 
 class Segmented(Optimizer):
     """Subclasses say how a gradient becomes a direction, and how a direction moves the weights."""
-
-    def __init__(self, flat: FlatModel, config: OptimConfig, seed: int = 0) -> None:
-        super().__init__(flat, config, seed)
-        self.matrices = Matrices(flat)
 
     def advance(self, how: Update) -> None:
         self.turn(how)

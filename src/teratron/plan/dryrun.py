@@ -85,11 +85,11 @@ def dry_run(
         label_state(meter, engine)
         engine.flat.publish()  # as the step before has left it
         state = {kind: meter.now.memory[kind] for kind in STATE}
-        rows = config.train.global_batch // mesh.data.size
+        rows = config.largest_batch // mesh.data.size
         batch = fake_batch(engine.objective, config, rows)
         meter.label("batch", batch.values())
         meter.restart()
-        engine.step(batch, step=1, number=1, lr=learning_rate(config.optim, 1, config.train.steps))
+        engine.step(batch, step=1, number=1, lr=learning_rate(config, 1))
     now = meter.now
     messages = {message: (calls, now.volume[message], now.sent[message]) for message, calls in now.calls.items()}
     return DryRun(config, mesh.sizes, rank, rows // (config.train.micro_batch or rows), state, _present(meter.peak), now.flops, messages)

@@ -110,12 +110,12 @@ class Layout:
     @property
     def micro_batch(self) -> int:
         """Sequences of one forward pass."""
-        return self.config.train.micro_batch or self.config.train.global_batch // self.data_ranks
+        return self.config.train.micro_batch or self.config.largest_batch // self.data_ranks
 
     @property
     def micro_batches(self) -> int:
-        """Of each data rank in a step."""
-        return self.config.train.global_batch // self.data_ranks // self.micro_batch
+        """Of each data rank in the largest step."""
+        return self.config.largest_batch // self.data_ranks // self.micro_batch
 
     @property
     def stage_costs(self) -> list[float]:

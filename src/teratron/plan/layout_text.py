@@ -113,20 +113,20 @@ def _facts(layout: Layout, width: int) -> Iterable[str]:
 def holdings(layout: Layout) -> dict[str, list[str]]:
     """What each kind of rank holds, in words by its name."""
     config, sizes = layout.config, layout.sizes
-    model, train = config.model, config.train
+    model, batch = config.model, config.largest_batch
     found = {"a tensor rank": tensor_words(layout)} if sizes["tensor"] > 1 else {}
     if sizes["context"] > 1:
         found["a context rank"] = [f"{-(-model.seq_length // sizes['context']):,} of {model.seq_length:,} tokens of each sequence"]
     if config.parallel.expert > 1:
         found["an expert rank"] = [f"{model.experts // config.parallel.expert:,} of {model.experts:,} experts of each layer that has any"]
     batches = f"{layout.micro_batches:,} micro-batch{'es' if layout.micro_batches > 1 else ''} of {layout.micro_batch}"
-    found["a data rank"] = [f"{train.global_batch // layout.data_ranks:,} of {train.global_batch:,} sequences of a step, in {batches}"]
+    found["a data rank"] = [f"{batch // layout.data_ranks:,} of {batch:,} sequences of a step, in {batches}"]
     owners = sizes["shard"] * sizes["context"]
     if config.parallel.shard != "none" and owners > 1:
         kept = {"optimizer": "optimizer state", "gradients": "optimizer state and gradients", "parameters": "all state"}
         found["a data rank"].append(f"{kept[config.parallel.shard]} in {owners} shares")
     found["parameters"] = [f"{between([share.parameters for share in layout.shares])} a rank"]
-    found["state"] = [f"{state_text(layout.shares)} a rank: weights, gradients and {config.optim.name} in {train.precision}"]
+    found["state"] = [f"{state_text(layout.shares)} a rank: weights, gradients and {config.optim.name} in {config.train.precision}"]
     return found
 
 
@@ -163,20 +163,20 @@ def size_text(count: float) -> str:
 
 def captions(layout: Layout) -> list[str]:
     """What must be said below a timeline: the whole step's bubble, and how long things are taken to take."""
-    pipeline, train = layout.pipeline, layout.config.train
+    pipeline, batch = layout.pipeline, layout.config.largest_batch
     if pipeline is None:
         return ["one pipeline rank: no bubble"]
     shown, count = pipeline.drawn.schedule.micro_batches, layout.micro_batches
     said = f"bubble of a step {100 * pipeline.bubble:.1f} % with {count:,} micro-batch{'es' if count > 1 else ''}"
     said += f", of which the picture has {shown}" if shown < count else ""
-    again = " (a block is made again first)" if train.recompute == "full" else ""
+    again = " (a block is made again first)" if layout.config.train.recompute == "full" else ""
     lines = [
         said,
         f"peak activations of a step {round(pipeline.peak, 2):g} micro-batches",
         f"a layer's forward takes 1, its backward 2{again}; the output projection {layout.head_cost:.2g} layers; messages nothing",
     ]
-    if count == 1 and train.global_batch > layout.data_ranks:
-        lines.append(f"one micro-batch leaves the others waiting: --train.micro_batch 1 makes {train.global_batch // layout.data_ranks}")
+    if count == 1 and batch > layout.data_ranks:
+        lines.append(f"one micro-batch leaves the others waiting: --train.micro_batch 1 makes {batch // layout.data_ranks}")
     return lines
 
 

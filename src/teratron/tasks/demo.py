@@ -186,7 +186,7 @@ def _sized(prefixes: list[Path], vocab_size: int, minutes: float, device: torch.
     keys |= {"train.precision": "bf16" if bf16 > 1.5 * fp32 else "fp32"}
     config = Config().override(keys | (LARGE if device.type == "cuda" else SMALL))
     seconds = _step_seconds(config, device)
-    tokens = config.train.global_batch * config.model.seq_length
+    tokens = config.largest_batch * config.model.seq_length
     epochs = IndexedDataset(prefixes[0]).total_tokens * 8 // tokens
     steps = max(60, min(int(minutes * 60 / seconds), epochs) // 10 * 10)
     say(f"[4/6] calibrated: {seconds * 1000:.0f} ms a step of {tokens:,} tokens in {config.train.precision}: {steps:,} steps")
@@ -198,7 +198,7 @@ def _step_seconds(config: Config, device: torch.device) -> float:
     """The median time of a training step of this config here."""
     engine = Engine(config, Mesh(), device)
     engine.optimizer.initialise(0)
-    shape = (config.train.global_batch, config.model.seq_length)
+    shape = (config.largest_batch, config.model.seq_length)
     tokens = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
     positions = torch.arange(shape[1], device=device).expand(shape)
     sample = torch.arange(shape[0], device=device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from teratron.config import Config, UserError
 from teratron.models import Model, State, with_dropout
 from teratron.models.encoder_decoder import both_segments
+from teratron.models.float8 import use_float8
 from teratron.models.moe import balance
 from teratron.objectives import Batch, Objective, Tally, Term, build_objective, layer_counts, layer_loads, layer_terms, total_loss
 from teratron.objectives.layers import LAYER_TERMS
@@ -44,6 +47,9 @@ class Engine:
         self.later = Deferral()
         if config.parallel.schedule in SPLIT and mesh.group("pipeline").size > 1:
             defer(self.stages, self.later)
+        if config.train.precision == "fp8":
+            models = list(self.stages.stages().values())
+            use_float8(models, config.train.fp8_scaling, config.train.fp8_except, self.device)
         freeze(self.stages, config.optim)
         self.flat = FlatModel(self.stages, mesh, config.parallel, device)
         self.optimizer = build_optimizer(self.flat, config.optim, config.train.seed)
@@ -73,15 +79,26 @@ class Engine:
         share = count // self.mesh.data.size
         return slice(self.mesh.data.rank * share, (self.mesh.data.rank + 1) * share)
 
-    def step(self, batch: Batch, *, step: int, number: int, lr: float, loss_scale: float = 1.0) -> tuple[Tally, Tensor]:
+    def step(
+        self,
+        batch: Batch,
+        *,
+        step: int,
+        number: int,
+        lr: float,
+        loss_scale: float = 1.0,
+        around: AbstractContextManager[Any] | None = None,
+    ) -> tuple[Tally, Tensor]:
         """Learn from this rank's rows of a global batch; returns the whole batch's terms and the gradient norm before clipping.
 
         The loss is exact over the global batch: its counts are known before the first forward pass (contract C2). The host reads no
         number from the device: the norm is a scalar there, and with one that is not finite nothing is learnt.
-        Args: step (from 1) decides dropout, number counts the updates (from 1).
+        Args: step (from 1) decides dropout, number counts the updates (from 1); around is entered once the gradients are there, and left
+        after the update.
         """
         work = self.passes(batch, step=step, loss_scale=loss_scale)
-        norm = self.optimizer.step(number, lr, loss_scale)
+        with around or nullcontext():
+            norm = self.optimizer.step(number, lr, loss_scale)
         if work.loads and self.config.model.router_balance == "bias":
             rate = norm.isfinite() * torch.full_like(norm, self.config.model.bias_rate)
             loads = self._summed(work.loads, *self._token_axes)
@@ -248,22 +265,29 @@ def check_degrees(config: Config, world: int) -> None:
 
 
 def check_batch(config: Config, ranks: int) -> None:
-    """Raise `UserError` unless each of so many data ranks gets as many whole micro-batches."""
-    batch, micro, parallel = config.train.global_batch, config.train.micro_batch, config.parallel
+    """Raise `UserError` unless each of so many data ranks gets as many whole micro-batches of every step."""
+    for batch in config.batches.sizes:
+        if batch % (ranks * (config.train.micro_batch or 1)):
+            raise _cannot_share(config, batch, ranks)
+
+
+def _cannot_share(config: Config, batch: int, ranks: int) -> UserError:
+    """What is wrong with a global batch of so many sequences, and what would do."""
+    train, micro, parallel = config.train, config.train.micro_batch, config.parallel
     unit = ranks * (micro or 1)
-    if batch % unit == 0:
-        return
     least = batch // unit * unit
-    choices = [f"--train.global_batch {f'{least} or ' if least else ''}{least + unit}"]
+    near = f"{least} or {least + unit}" if least else str(unit)
+    plain = not train.batch_tokens and not train.batch_schedule
+    choices = [f"--train.global_batch {near}" if plain else f"batches of {near}"]
     if batch % ranks == 0:
         smaller = max(n for n in range(1, micro) if batch // ranks % n == 0)
         choices.insert(0, f"--train.micro_batch {smaller}")
     inner = parallel.pipeline * parallel.context * parallel.tensor
     processes = [str(n * inner) for n in range(1, batch + 1) if batch % (n * (micro or 1)) == 0]
     per_rank = f" in micro-batches of {micro}" if micro else ""
-    raise UserError(
-        f"train.global_batch = {batch} cannot be shared by {ranks} data ranks{per_rank}: choose {', or '.join(choices)}, "
-        f"or --nproc among {', '.join(processes)}"
+    name = f"train.global_batch = {batch}" if plain else f"a global batch of {batch} sequences"
+    return UserError(
+        f"{name} cannot be shared by {ranks} data ranks{per_rank}: choose {', or '.join(choices)}, or --nproc among {', '.join(processes)}"
     )
 
 

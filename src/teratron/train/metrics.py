@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import IO, Any, TextIO
 
 from teratron.config import UserError
+from teratron.train.scalars import SCALARS
 from teratron.train.sinks import Sink
 from teratron.train.tensorboard import TensorBoard, available
 
@@ -55,7 +56,7 @@ class Metrics:
         with self._reporting():
             if self._file.write(line) != len(line):  # unbuffered: a full disk may take a part without an error
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if self._folder is not None and event in ("step", "eval"):
+            if self._folder is not None and event in SCALARS:
                 self._board = self._board or TensorBoard(self._folder)  # its import takes a second: not before the first step
                 self._board.write(record)
         for sink in self._sinks:

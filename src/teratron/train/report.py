@@ -17,6 +17,7 @@ from teratron.config.keys import field_docs
 from teratron.train import charts
 from teratron.train.history import BEGINNINGS, Event, History, number, perplexity_of, read_config, read_history, step_of
 from teratron.train.report_curves import bigram_of, curves
+from teratron.train.report_norms import norm_map
 from teratron.train.report_page import PAGE, STYLE, compact, details, duration, visible, when
 
 SAMPLES_SHOWN, EVENTS_SHOWN = 40, 200
@@ -49,6 +50,7 @@ def _page(run: Path, config: dict[str, Any], history: History) -> str:
             _header(name, config, history),
             _tiles(history),
             curves(config, history),
+            norm_map(history),
             _samples(history.of_kind("sample")),
             _commands(run, config, history),
             _config(config),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -27,6 +28,8 @@ LANES = {
 }
 """The rows of marks on the time axis, and the kinds of events on each."""
 UNITS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
+NOISE = ("critical_batch", "batch")
+"""What an event of the gradient noise scale says in sequences."""
 WARNING = ("stragglers", "bad numbers", "restarts")
 
 
@@ -103,14 +106,20 @@ def _small_charts(config: dict[str, Any], history: History) -> list[str]:
         return []
     chart = partial(line_chart, x_label="step", width=320, height=210, x_note=partial(_tooltip, history))
     known, clip = [norm for norm in norms if norm > 0], number(config.get("optim.clip"))
-    rules = [Rule(f"clipped at {clip:g}", clip)] if clip > 0 else []
+    rules = [Rule(f"clipped at {clip:g}", clip)] if clip > 0 and config.get("optim.clip_by", "norm") == "norm" else []
     log = bool(known) and max(known) > 30 * min(known)
     rate, speed = Series("learning rate", steps, history.columns["lr"]), _smoothed("", steps, history.columns["tokens_per_second"])
-    return [
+    charts = [
         chart([rate], title="Learning rate", y_label="", from_zero=True),
         chart(_smoothed("", steps, norms), title="Gradient norm", y_label="", log_y=log, rules=rules),
         chart(speed, title="Throughput", y_label="tokens per second", from_zero=True),
     ]
+    noise = history.of_kind("noise")
+    if noise:
+        scales = [Series(name, [step_of(event) for event in noise], [number(event.get(name)) for event in noise]) for name in NOISE]
+        scales[1] = replace(scales[1], hue=2)
+        charts.append(chart(scales, title="Noise scale", y_label="sequences", log_y=True))
+    return charts
 
 
 def _tooltip(history: History, step: float) -> str:

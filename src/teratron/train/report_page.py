@@ -36,7 +36,7 @@ def visible(text: str) -> str:
 
 def details(event: Event) -> str:
     """An event's own fields on one short line."""
-    skipped = ("event", "step", "time", "elapsed", "text", "terms", "operations", "versions")
+    skipped = ("event", "step", "time", "elapsed", "text", "terms", "operations", "versions", "parts")
     fields = {key: value for key, value in event.items() if key not in skipped and value is not None and value == value}
     return ", ".join(f"{key} {f'{value:.4g}' if isinstance(value, float) else str(value)[:80]}" for key, value in fields.items())
 

@@ -7,6 +7,7 @@ from typing import Any
 
 SCALARS = {
     "step": {name: f"train/{name}" for name in ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")},
+    "noise": {"critical_batch": "train/critical_batch"},
     "eval": {name: f"eval/{name}" for name in ("loss", "perplexity")},
 }
 """For each kind of event, its numbers and the names of their curves."""

@@ -27,7 +27,7 @@ from teratron.data.open import open_data
 from teratron.data.samples import KnownTokens, Samples
 from teratron.models import build_model, flops_per_token, parameter_count
 from teratron.objectives import Batch, Tally, build_objective
-from teratron.optim import LossScale, learning_rate
+from teratron.optim import LossScale, learning_rate, optim_at
 from teratron.parallel.device import DTYPES, choose_device
 from teratron.parallel.mesh import Mesh, check_layout, describe_layout, mesh_sizes
 from teratron.parallel.worker import PREEMPTED, connect, disconnect, take_restarts, telling, this_worker
@@ -37,6 +37,8 @@ from teratron.train.guard import Guard
 from teratron.train.interrupt import Interrupt
 from teratron.train.live import Live, live_lr, live_optim, not_overridden
 from teratron.train.metrics import Console, Metrics, Silence, duration
+from teratron.train.noise import Noise, check_noise, part_of, probe, separate
+from teratron.train.norms import Norms
 from teratron.train.profiling import Tracer
 from teratron.train.report import write_report
 from teratron.train.run import absolute_paths, check_held, continue_config, fork, has_config, lock, run_config, write_config
@@ -180,6 +182,7 @@ class Trainer:
                 f"train.verify_every = {train.verify_every} computes steps twice and compares, which differ on CUDA by its own atomics: "
                 "add --train.deterministic, or leave train.verify_every out"
             )
+        check_noise(self.config, self.mesh.data.size)
         self.batch(min(self.state.step + 1, train.steps))
         if self.data.valid is not None:
             next(self._valid_batches())
@@ -230,8 +233,8 @@ class Trainer:
 
     def batch(self, step: int) -> Batch:
         """This process's rows of the global batch of a step (from 1): computed from the step alone."""
-        size = self.config.train.global_batch
-        return self._batch(self.data.train, np.arange((step - 1) * size, step * size)[self.engine.rows(size)])
+        start, end = (self.config.batches.until(steps) for steps in (step - 1, step))
+        return self._batch(self.data.train, np.arange(start, end)[self.engine.rows(end - start)])
 
     def _loop(self, metrics: Metrics | Silence, interrupt: Interrupt, saver: Saver) -> Result:
         config, loss, valid_loss, stop = self.config.train, math.nan, math.nan, 0
@@ -294,19 +297,21 @@ class Trainer:
 
     def _step(self, step: int, metrics: Metrics | Silence) -> float:
         config = self.config.train
-        lr, scale = live_lr(learning_rate(self.config.optim, step, config.steps), self.state.live, step), self.loss_scale
-        optim = live_optim(self.config.optim, self.state.live, step)
+        lr, scale = live_lr(learning_rate(self.config, step), self.state.live, step), self.loss_scale
+        optim = live_optim(optim_at(self.config, step), self.state.live, step)
         if optim != self.optimizer.config:
             self.optimizer.adopt(optim)
         number = step - self.state.skipped
         with self.tracer.tracing(step), self.watch.step() as lap:
             batch = self.batch(step)
             lap.got_data()
-            tally, total_norm = self.engine.step(batch, step=step, number=number, lr=lr, loss_scale=scale.scale)
+            part = self._probe(step) if _due(step, self.config.log.noise_scale) else None
+            norms = Norms(self.optimizer, scale.scale) if _due(step, self.config.log.norms) else None
+            tally, total_norm = self.engine.step(batch, step=step, number=number, lr=lr, loss_scale=scale.scale, around=norms)
             loss, norm = tally.loss(), float(total_norm)
         finite, seconds = math.isfinite(norm), lap.seconds
         self.loss_scale = scale.after(finite, self.config.optim, config.precision)
-        tokens = config.global_batch * self.config.model.seq_length
+        tokens = self.config.batches.size(step) * self.config.model.seq_length
         self.state = replace(
             self.state,
             step=step,
@@ -320,14 +325,37 @@ class Trainer:
         event |= {"tokens": self.state.tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
         event |= {"data": lap.data, "communication": lap.communication}
         event |= {"mfu": tokens / seconds * self.flops_per_token / (self.peak_flops * self.mesh.world)}
+        if self.config.optim.weight_decay_ramp != "none":
+            event |= {"weight_decay": optim.weight_decay}
         if config.precision == "fp16":
             event |= {"loss_scale": scale.scale}
         if not finite:
             event |= {"skipped": True}
         metrics.write("step", **event, time=time.time())
         self.console.step(event)
+        if norms is not None:
+            metrics.write("norms", step=step, parts=norms.parts, time=time.time())
+        if part is not None and finite and math.isfinite(part):
+            self._tell_noise(step, part, norm, metrics)
         self.guard.check(step, batch, loss, norm, scale, metrics)
         return loss
+
+    def _probe(self, step: int) -> float:
+        """The gradient norm over the first part of a step's batch."""
+        batches = self.config.batches
+        batch = self._evenly(self.data.train, batches.until(step - 1), part_of(batches.size(step)))
+        return float(probe(self.engine, batch, step, self.loss_scale.scale))
+
+    def _tell_noise(self, step: int, part: float, whole: float, metrics: Metrics | Silence) -> None:
+        """Note the gradient noise scale; part, whole: the gradient norms over part of the step's batch and over all of it."""
+        size = self.config.batches.size(step)
+        found = separate(part**2, whole**2, part_of(size), size)
+        noise = found.smoothed(Noise(*self.state.noise) if self.state.noise else None)
+        self.state = replace(self.state, noise=(noise.signal, noise.variance))
+        event = {"signal": found.signal, "variance": found.variance, "critical_batch": noise.critical_batch}
+        event |= {"critical_tokens": noise.critical_batch * self.config.model.seq_length}
+        metrics.write("noise", step=step, batch=size, **event, time=time.time())
+        self.console.say(f"step {step}: gradient noise scale {noise.told(self.config.model.seq_length)}, the batch is {size:,}")
 
     def _go_back(self, step: int, deviations: float, metrics: Metrics | Silence) -> None:
         """After a loss spike: the state of a checkpoint before the batches that are left out from now on."""
@@ -386,24 +414,32 @@ class Trainer:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _valid_batches(self) -> Iterator[Batch]:
-        """This rank's share of the held-out windows. Every rank gets as many batches: what is missing is filled with rows of no weight."""
+        """This rank's share of the held-out windows, as many batches as every rank gets."""
         if self.data.valid is None:
             raise UserError("there is no held-out data: set data.valid, or data.split with a second part")
-        size, limit, ranks = self.config.train.global_batch, self.data.valid.count, self.mesh.data
+        size, limit = self.config.largest_batch, self.data.valid.count
         if self.config.train.eval_batches:
             limit = min(limit, self.config.train.eval_batches * size)
         for start in range(0, limit, size):
-            count = min(size, limit - start)
-            share = -(-count // ranks.size)
-            wanted = np.arange(start + ranks.rank * share, start + (ranks.rank + 1) * share)
-            batch = self._batch(self.data.valid, np.minimum(wanted, start + count - 1))
-            kept = torch.from_numpy(wanted < start + count)[:, None].to(self.device)
-            batch |= {name: batch[name] * kept for name in batch if name.endswith("weights")}
+            batch = self._evenly(self.data.valid, start, min(size, limit - start))
             yield from micro_batches(batch, self.config.train.micro_batch)
+
+    def _evenly(self, samples: Samples, start: int, count: int) -> Batch:
+        """This rank's share of so many samples in a row. Every rank gets as many: what is missing is filled with rows of no weight."""
+        ranks = self.mesh.data
+        share = -(-count // ranks.size)
+        wanted = np.arange(start + ranks.rank * share, start + (ranks.rank + 1) * share)
+        batch = self._batch(samples, np.minimum(wanted, start + count - 1))
+        kept = torch.from_numpy(wanted < start + count)[:, None].to(self.device)
+        return batch | {name: batch[name] * kept for name in batch if name.endswith("weights")}
 
 
 def _nothing() -> None:
     pass
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _phases(past: tuple[int, ...], steps: int) -> tuple[int, ...]:
