@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -24,12 +27,18 @@ STYLES = {
 }
 
 
-def small_model(style: str, positions: int = 64) -> Model:
+def small_model(style: str, positions: int = 64, **keys: Any) -> Model:
     """A float64 model over bytes whose logits are far from uniform."""
-    config = ModelConfig(layers=2, hidden=32, heads=4, seq_length=positions, vocab_size=257, init_std=0.4, **STYLES[style])
+    config = ModelConfig(layers=2, hidden=32, heads=4, seq_length=positions, vocab_size=257, init_std=0.4, **STYLES[style], **keys)
     model = build_model(config, dtype=torch.float64)
     initialise(model, seed=1)
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Model]:
+    """A model of a style, with keys of its config replaced."""
+    return small_model
 
 
 @pytest.fixture(scope="session", params=list(STYLES))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -68,6 +70,39 @@ def test_batch_of_different_lengths_equals_recomputation_alone(model: Model, sam
     assert rows_of(TokenStream(model, PROMPTS, sampling, 20), len(PROMPTS)) == expected
     assert [rows_of(TokenStream(model, [prompt], sampling, 20), 1)[0] for prompt in PROMPTS] == expected
     assert len({tuple(row) for row in expected}) == len(PROMPTS), "rows that all agree could hide a mix-up"
+
+
+WINDOWS = {
+    "window": {"window": 6},
+    "dilated, with sinks": {"window": 7, "dilation": 2, "global_tokens": 2},
+    "strided": {"window": 5, "pattern": "strided", "global_tokens": 1},
+    "fixed": {"window": 5, "pattern": "fixed", "summary": 2},
+    "every second layer": {"window": 4, "global_tokens": 3, "global_every": 2},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_of_a_batch_equal_recomputation_alone(make_model: Callable[..., Model], name: str) -> None:
+    model, prompts = make_model("llama", **WINDOWS[name]), [PROMPTS[0], PROMPTS[2] * 2]
+    expected = [recomputed(model, prompt, 20) for prompt in prompts]
+    assert rows_of(TokenStream(model, prompts, GREEDY, 20), len(prompts)) == expected
+    assert rows_of(TokenStream(model, prompts[1:], GREEDY, 20), 1)[0] == expected[1]
+    assert expected[1] != recomputed(make_model("llama"), prompts[1], 20), "what a window hides should matter"
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 20])
+def test_a_window_bounds_the_cache_and_tokens_may_come_in_any_number(make_model: Callable[..., Model], chunk: int) -> None:
+    model = make_model("llama", window=5, global_tokens=2, global_every=2)
+    tokens = torch.randint(257, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+    cache, pieces = KVCache(len(tokens)), []
+    for start in range(0, len(tokens), chunk):
+        places = torch.arange(start, min(start + chunk, len(tokens)))[None]
+        state = {"tokens": torch.tensor([tokens[start : start + chunk]]), "positions": places, "order": places}
+        with torch.no_grad():
+            pieces.append(model.head.output(model(state, cache=cache)["hidden"])[0])
+    torch.testing.assert_close(torch.cat(pieces), all_logits(model, tokens), rtol=0, atol=1e-10)
+    local, everywhere = (cache.layers[layer][0] for layer in (0, 1))
+    assert local.shape[2] <= 2 * (5 + 2) < everywhere.shape[2] == 60
 
 
 def test_rows_that_end_leave_the_others_alone(model: Model) -> None:

@@ -69,6 +69,16 @@ def test_flops_are_narayanans_without_recomputation(preset: str) -> None:
     assert flops_per_token(build_model(config, device="meta"), length) == pytest.approx(expected, rel=1e-12)
 
 
+def test_flops_of_attention_are_those_of_the_keys_that_are_seen() -> None:
+    counts = [
+        flops_per_token(build_model(dataclasses.replace(GPT2, **keys), device="meta"), 16)
+        for keys in ({}, {"window": 1}, {"window": 1, "global_every": 3}, {"window": 4})
+    ]
+    pairs = [3 * 16 / 2, 3 * 1, 2 * 1 + 16 / 2, 3 * (1 + 2 + 3 + 13 * 4) / 16]  # over three layers
+    for count, seen in zip(counts, pairs, strict=True):
+        assert count - counts[0] == pytest.approx(12 * 32 * (seen - pairs[0]), rel=1e-12)
+
+
 @STYLES
 @pytest.mark.parametrize("cut", [1, 2, 4])
 def test_two_ranges_of_units_hold_the_whole_and_chain_to_it(config: ModelConfig, cut: int) -> None:

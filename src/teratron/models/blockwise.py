@@ -18,7 +18,7 @@ from teratron.models.leaves import accurate
 from teratron.models.patterns import Tiles
 from teratron.models.random import keep_mask
 
-MOST_SCORES, MOST_SCORES_ELSEWHERE = 2**18, 2**27
+MOST_SCORES, MOST_SCORES_ELSEWHERE = 2**19, 2**27
 """Scores that are computed at once: on CPU so few that they stay in its cache."""
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from teratron.config import UserError
 from teratron.models.leaves import Embedding, Leaf, Part
+from teratron.models.patterns import FULL, keys_seen, pattern_of
 from teratron.models.random import normal_box
 from teratron.models.units import Model
 
@@ -91,7 +92,8 @@ def flops_per_token(model: Model, seq_length: int) -> float:
     """Floating-point operations of one token's forward and backward pass.
 
     6 for each weight of a matrix product (the output projection included, the embedding look-up not; of stacked experts those
-    that one token is sent to) and the causal half of the attention products, as Megatron-LM counts; recomputation is never counted.
+    that one token is sent to) and 12 for each feature of a key that a query sees; recomputation is never counted. Without a window
+    that is the causal half of the attention products, as Megatron-LM counts.
     """
     config = model.config
     tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
@@ -100,4 +102,6 @@ def flops_per_token(model: Model, seq_length: int) -> float:
     weights = sum(torch.Size(p.shape).numel() for p in used if len(p.shape) == 2)
     weights += config.experts_per_token * sum(torch.Size(p.shape[1:]).numel() for p in used if len(p.shape) == 3)
     weights += config.vocab_size * config.hidden if config.tie_embeddings else 0
-    return 6.0 * weights + 6.0 * config.layers * config.heads * config.head_features * seq_length
+    patterns = [FULL if config.attends_everywhere(layer) else pattern_of(config) for layer in range(config.layers)]
+    seen = sum(keys_seen(pattern, model.streams[""], seq_length) for pattern in patterns)
+    return 6.0 * weights + 12.0 * config.heads * config.head_features * seen
