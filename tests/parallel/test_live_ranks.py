@@ -12,7 +12,6 @@ from pool import pool
 from tiny import losses, options, state, write_text
 
 from teratron.cli.main import main
-from teratron.config import OptimConfig
 from teratron.train import live
 from teratron.train.live import Live
 
@@ -33,7 +32,7 @@ def looked(rank: int, ranks: int, folder: str) -> list[Any]:
             (run / live.NAME).unlink()
         asked = watched.asked()
         watched.look()
-        changes, news = watched.take(changes, OptimConfig(), step)
+        changes, news = watched.take(changes, step)
         found.append((asked, changes, news, watched.last_step(10)))
     return [*found, len(told)]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 
 import pytest
-from tiny import KEYS, events, tiny, write_text
+from tiny import KEYS, events, write_text
 
 from teratron.cli.main import main
 from teratron.config import Config, OptimConfig, UserError
+from teratron.optim import learning_rate
 from teratron.tasks.range_test import find, range_config, tell
 
 RATES = [10 ** (-6 + 6 * i / 199) for i in range(200)]
@@ -26,6 +28,15 @@ def test_steepest_descent_and_divergence_of_a_known_curve(fall: float, rise: flo
     assert found.steepest == pytest.approx(fall, rel=0.1), "of a logistic curve its middle"
     assert found.diverged == pytest.approx(rise, rel=0.35), "where it has lost half of what it gained: within the smoothing"
     assert found.suggested == pytest.approx(math.sqrt(found.steepest * found.diverged / 10))
+
+
+def test_what_has_diverged_stays_so_whatever_follows() -> None:
+    """Or a test that was stopped for it would be found not to have ended."""
+    noise = random.Random(5)
+    losses = [loss + noise.gauss(0, 0.3) for loss in curve(1e-4, 1e-1)]
+    found = [find(RATES[:count], losses[:count], 200).diverged for count in range(1, 201)]
+    first = next(count for count, diverged in enumerate(found) if math.isfinite(diverged))
+    assert found[first:] == [found[first]] * (200 - first)
 
 
 def test_a_loss_that_is_no_number_is_divergence() -> None:
@@ -46,6 +57,11 @@ def test_a_flat_or_empty_curve_finds_nothing() -> None:
         found = find(rates, losses, 200)
         assert math.isnan(found.steepest)
         assert math.isnan(found.suggested)
+
+
+def test_the_schedule_rises_by_one_factor_from_end_to_end() -> None:
+    config = range_config(Config(), 1e-6, 1e-2, 5)
+    assert [learning_rate(config, step) for step in range(1, 6)] == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
 
 
 def test_a_range_is_refused_where_it_has_no_beginning() -> None:

@@ -48,16 +48,26 @@ class Finding:
 
 
 def find(rates: Sequence[float], losses: Sequence[float], steps: int) -> Finding:
-    """Read the curve of the first steps of a test of so many; a loss that is not finite is divergence."""
-    known = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
-    smooth = _smoothed(losses[:known], max(1, steps // REACH))
-    lost = rates[known] if known < len(losses) else math.nan
-    if not smooth:
-        return Finding(list(rates), list(losses), smooth, math.nan, lost)
-    best = min(range(known), key=smooth.__getitem__)
-    gone = smooth[best] + max(LOST * (smooth[0] - smooth[best]), RISEN * smooth[0])
-    after = next((rates[i] for i in range(best, known) if smooth[i] > gone), lost)
-    return Finding(list(rates), list(losses), smooth, _steepest(rates, smooth, best, max(1, steps // REACH)), after)
+    """Read the curve of the first steps of a test of so many; a loss that is not finite is divergence.
+
+    What has diverged stays so, however many steps follow.
+    """
+    known, reach = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses)), max(1, steps // REACH)
+    smooth = _smoothed(losses[:known], reach)
+    lost = _lost(smooth[: max(0, known - reach)])  # beyond, means are of fewer losses and would change with further ones
+    diverged = rates[lost] if lost is not None else rates[known] if known < len(losses) else math.nan
+    best = min(range(known if lost is None else lost), key=smooth.__getitem__, default=0)
+    return Finding(list(rates), list(losses), smooth, _steepest(rates, smooth, best, reach), diverged)
+
+
+def _lost(smooth: Sequence[float]) -> int | None:
+    """The first step that lies far above the best one before it."""
+    best = math.inf
+    for i, loss in enumerate(smooth):
+        best = min(best, loss)
+        if loss > best + max(LOST * (smooth[0] - best), RISEN * smooth[0]):
+            return i
+    return None
 
 
 def _smoothed(losses: Sequence[float], reach: int) -> list[float]:
@@ -147,7 +157,8 @@ def _write_page(folder: Path, found: Finding) -> None:
         height=420,
         x_note=lambda rate: f"learning rate {rate:.3g}",
     )
-    main = f"<header><h1>Learning-rate range test</h1><p>{'; '.join(tell(found))}</p></header><section><figure>{chart}</figure></section>"
+    head = f"<header><h1>Learning-rate range test</h1><p>{'; '.join(tell(found))}</p></header>"
+    main = f"{head}<section><h2>Curve</h2><figure>{chart}</figure></section>"
     page = PAGE.format(title="range test", style=STYLE + charts.STYLE, main=main)
     write_synced(folder / "range.html", page.encode())
 

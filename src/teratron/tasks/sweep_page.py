@@ -140,7 +140,7 @@ def _curves(sweep: Sweep, best: int | None) -> str:
     found = {trial: _curve(history, held_out) for trial, history in histories.items()}
     others = [Series("", x, y, form="faint") for trial, (x, y) in found.items() if trial != best]
     first = [Series(f"trial {best}, the best", *found[best], hue=2)] if best is not None else []
-    title = "Held-out loss" if held_out else "Training loss"
+    title = ("Held-out loss" if held_out else "Training loss") + (f", trial {best} the strong line" if best is not None else "")
     seen = [value for _, y in found.values() for value in y if value > 0]
     log = bool(seen) and max(seen) > 3 * min(seen)
     label = "nats per token" + (", logarithmic" if log else "")

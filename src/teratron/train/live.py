@@ -135,13 +135,12 @@ class Live:
         found = agree(self._mesh.control, lambda: [] if self._mesh.rank else recorded(self.path.parent))
         return changed(changes, (tuple(change) for change in found[0]))
 
-    def take(self, changes: Changes, config: OptimConfig, step: int) -> tuple[Changes, dict[str, float]]:
+    def take(self, changes: Changes, step: int) -> tuple[Changes, dict[str, float]]:
         """The changes with what the file says anew, from a step on; and that alone, as an event has it.
 
         What a change has said already is not new, also where it lies ahead of a run that goes on.
         """
-        defaults = (0, "lr_factor", 1.0), (0, "weight_decay", config.weight_decay), (0, "clip", config.clip)
-        held = in_force((*defaults, *changes), NEVER)
+        held = in_force(((0, "lr_factor", 1.0), *changes), NEVER)
         news = {key: value for key, value in self.wanted.items() if key in KEYS and held.get(key) != value}
         changes = changed(changes, ((step, key, value) for key, value in news.items()))
         stop, self._stop = self._stop, self.wanted.get(STOP, 0)

@@ -286,7 +286,7 @@ class Trainer:
     def _take_changes(self, metrics: Metrics | Silence) -> None:
         """What live.toml says anew holds from the next step on."""
         step = self.state.step + 1
-        changes, news = self.live.take(self.state.live, self.config.optim, step)
+        changes, news = self.live.take(self.state.live, step)
         if news:
             metrics.write("live", step=step, **news, time=time.time())
         self.state = replace(self.state, live=changes)
