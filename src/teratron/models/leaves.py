@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from teratron.models.products import EXACT, Later, Products, product
 from teratron.models.random import feature_keys, keep_mask, seed_of
 
 
@@ -87,6 +88,11 @@ class Linear(Leaf):
     granule: outputs that are never cut apart, such as the features of one head.
     """
 
+    products: Products = EXACT
+    """How its matrix products are computed."""
+    later: Later | None = None
+    """Where weight gradients may wait."""
+
     def __init__(self, inputs: int, outputs: int | Mapping[str, int], bias: bool, std: float, granule: int = 1) -> None:
         super().__init__()
         self.widths = {"": outputs} if isinstance(outputs, int) else dict(outputs)
@@ -95,7 +101,7 @@ class Linear(Leaf):
         self.bias = nn.Parameter(torch.empty(sum(self.widths.values()))) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return product(x, self, self.bias)
 
     def leaf_parts(self) -> Iterator[Part]:
         start = 0

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from teratron.parallel.deferral import Deferral
+from teratron.models.leaves import Linear
 from teratron.parallel.mesh import Group, Pending
 
 
@@ -81,25 +80,25 @@ class _ColumnProduct(torch.autograd.Function):
     """x W^T + b behind f; backward overlaps the collectives with the products, and keeps only this rank's share of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sequence: bool, later: Deferral | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, leaf: Linear, group: Group, sequence: bool) -> Tensor:
         ctx.save_for_backward(x)
         ctx.group, ctx.sequence = group, sequence
-        ctx.weight, ctx.bias, ctx.later = weight, bias, later  # see `deferral`: gradients are added to these very parameters
-        return F.linear(gather_sequence(x, group) if sequence else x, weight, bias)
+        ctx.weight, ctx.leaf = weight, leaf
+        return leaf.products.forward(gather_sequence(x, group) if sequence else x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
-        (x,), weight = ctx.saved_tensors, ctx.weight
+        (x,), leaf = ctx.saved_tensors, ctx.leaf
         slope, group, sequence = upstream[0].contiguous(), ctx.group, ctx.sequence
-        waits = ctx.later is not None and ctx.later.active
+        waits = leaf.later is not None and leaf.later.active
         gathered = _start_gather(x, group) if sequence and not waits else None
-        share, pending = _start_reduction(slope @ weight, group, sequence, gathered)
+        share, pending = _start_reduction(leaf.products.of_inputs(slope, ctx.weight), group, sequence, gathered)
         if waits:
-            ctx.later.put_off(weight, ctx.bias, slope, lambda: gather_sequence(x, group) if sequence else x)
+            leaf.later.put_off(leaf, leaf.bias, slope, lambda: gather_sequence(x, group) if sequence else x)
             pending.wait()
             return share, None, None, None, None, None
         whole = _join(gathered[0]) if gathered is not None else x
-        grad_weight = slope.flatten(0, -2).t() @ whole.flatten(0, -2)
+        grad_weight = leaf.products.of_weight(slope, whole)
         grad_bias = slope.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         pending.wait()
         return share, grad_weight, grad_bias, None, None, None
@@ -125,6 +124,6 @@ def leave(x: Tensor, group: Group, sequence: bool) -> Tensor:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def column_product(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sequence: bool, later: Deferral | None = None) -> Tensor:
-    """The product of the residual stream with this rank's rows of a weight; with `later` the weight's gradient may wait."""
-    return _ColumnProduct.apply(x, weight, bias, group, sequence, later)
+def column_product(x: Tensor, leaf: Linear, group: Group, sequence: bool) -> Tensor:
+    """The product of the residual stream with the rows of a weight that this rank's leaf has, and its bias."""
+    return _ColumnProduct.apply(x, leaf.weight, leaf.bias, leaf, group, sequence)
