@@ -97,3 +97,6 @@ def test_growing_batches_measured_and_resumed(tmp_path: Path) -> None:
     assert [(event["step"], event["batch"]) for event in noise] == [(2, 4), (4, 8), (6, 8)]
     assert [event["step"] for event in norms] == [3, 6]
     assert events(tmp_path / "whole", "step")[-1]["weight_decay"] == 0.1
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "Noise scale" in page
+    assert page.count("blocks.0.attention.q.weight, step ") == 2, "a tooltip for each measurement"
