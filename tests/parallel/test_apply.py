@@ -31,7 +31,10 @@ LLAMA = dataclasses.replace(
     GPT2, kv_heads=2, ffn=24, norm="rmsnorm", activation="swiglu", position="rope", tie_embeddings=False, bias=False, qk_norm=True
 )
 MIXTURE = dataclasses.replace(LLAMA, experts=4, experts_per_token=2, shared_experts=1)
-STYLES = pytest.mark.parametrize("style", [GPT2, LLAMA], ids=["gpt2", "llama"])
+BERT = dataclasses.replace(GPT2, norm_place="post", token_types=2, embedding_norm=True, head_transform=True, pooler=True)
+UNCUT = {GPT2: {"positions"}, LLAMA: set(), BERT: {"positions", "types", "transform", "pooler", "sentence"}}
+"""Matrices of each style that are small beside those of a block, and lie on every rank."""
+STYLES = pytest.mark.parametrize("style", [GPT2, LLAMA, BERT], ids=["gpt2", "llama", "bert"])
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 QUICK = settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -60,7 +63,7 @@ def test_every_leaf_has_exactly_one_row(style: ModelConfig, family: str) -> None
 @FAMILY
 def test_every_row_is_some_leafs(family: str) -> None:
     """In one of the styles; an attention to the memory has q and kv instead of qkv, and no norms of heads."""
-    paths = {path for style in (GPT2, LLAMA, MIXTURE) for path in leaves_of(build_model(config_of(style, family), device="meta"))}
+    paths = {path for style in (GPT2, LLAMA, MIXTURE, BERT) for path in leaves_of(build_model(config_of(style, family), device="meta"))}
     plan = FAMILIES[family].plan
     unused = {pattern for pattern in plan if not any(alike(pattern, path) for path in paths)}
     self_only, cross_only = {"qkv", "q_norm", "k_norm"}, {"q", "kv"}
@@ -81,11 +84,11 @@ def test_a_leaf_without_a_row_is_a_defect() -> None:
 
 @FAMILY
 @STYLES
-def test_every_matrix_is_cut_but_the_table_of_positions(style: ModelConfig, family: str) -> None:
+def test_every_matrix_is_cut_but_the_small_ones(style: ModelConfig, family: str) -> None:
     model = build_model(config_of(style, family), device="meta")
     leaves = [(path, module) for path, module in model.named_modules() if isinstance(module, Leaf)]
     kept = [path for path, leaf in leaves for part in leaf.parts() if len(part.shape) == 2 and not find_cut(model.plan, path).tensor]
-    assert {path.rpartition(".")[2] for path in kept} == ({"positions"} if style is GPT2 else set())
+    assert {path.rpartition(".")[2] for path in kept} == UNCUT[style]
 
 
 # One part

@@ -1,4 +1,4 @@
-"""Import from Hugging Face: a folder of GPT2LMHeadModel or LlamaForCausalLM becomes a model config and named parts.
+"""Import from Hugging Face: a folder of GPT2LMHeadModel, LlamaForCausalLM or a kind of BERT becomes a model config and named parts.
 
 Only JSON and safetensors are read; nothing is ever unpickled. What the model here cannot express is refused, never approximated.
 """
@@ -7,41 +7,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from teratron.checkpoint.architecture import Architecture, Settings, Source
+from teratron.checkpoint.huggingface_bert import BERTS
 from teratron.config import ModelConfig, UserError
 from teratron.models import build_model, parts_of
 
-_BUFFERS = re.compile(r".*(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
-"""Constants that older files hold among the weights: causal masks and rotary frequencies."""
-_REQUIRED = object()
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A tensor of the file: the parts that it holds, one below the other along dimension 0."""
-
-    name: str
-    parts: tuple[str, ...]
-    transposed: bool = False
-    """Stored [in, out], as GPT-2's Conv1D does; a linear layer here is [out, in]."""
-
-
-@dataclass(frozen=True)
-class _Architecture:
-    """How one class of models is read."""
-
-    model_type: str
-    prefix: str
-    """Before every name except `lm_head`; absent in files of the bare base model."""
-    config: Callable[[_Settings], ModelConfig]
-    sources: Callable[[ModelConfig], Iterator[_Source]]
+_BUFFERS = re.compile(r".*(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq|embeddings\.position_ids)")
+"""Constants that older files hold among the weights: causal masks, rotary frequencies, places."""
 
 
 def is_huggingface(folder: Path) -> bool:
@@ -50,7 +29,7 @@ def is_huggingface(folder: Path) -> bool:
 
 
 def load_huggingface(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Read `config.json` and the safetensors files of a GPT2LMHeadModel or LlamaForCausalLM.
+    """Read `config.json` and the safetensors files of an architecture in `_ARCHITECTURES`.
 
     Returns the model's config and its parts by name (as `parts_of`), memory-mapped, in the file's dtype. Dropout is a choice
     of training, not of the weights: it is 0 in the config.
@@ -58,7 +37,7 @@ def load_huggingface(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     Raises `UserError` for other architectures, features that the model here lacks, and missing, unexpected, mis-shaped or
     quantised tensors.
     """
-    settings = _Settings(_read_json(folder / "config.json"))
+    settings = Settings(_read_json(folder / "config.json"))
     try:
         architecture = _architecture(settings)
         config = architecture.config(settings)
@@ -71,14 +50,15 @@ def load_huggingface(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         if source.name not in stored:
             raise UserError(f"{folder}: {source.name} is missing from the weights; download the folder again")
         tensors |= _cut(stored.pop(source.name), source, shapes, folder)
-    spare = [name for name in stored if not _BUFFERS.fullmatch(name) and not (config.tie_embeddings and name == "lm_head.weight")]
+    twice = architecture.tied if config.tie_embeddings else ()
+    spare = [name for name in stored if not _BUFFERS.fullmatch(name) and name not in twice]
     if spare:
         more = f" (and {len(spare) - 1} more)" if len(spare) > 1 else ""
         raise UserError(f"{folder}: the weights hold {spare[0]}{more}, which config.json does not describe: another architecture?")
     return config, tensors
 
 
-def _cut(tensor: Tensor, source: _Source, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, Tensor]:
+def _cut(tensor: Tensor, source: Source, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, Tensor]:
     """The parts of a stored tensor as views; refuses a wrong shape and numbers that are not plain floating point."""
     rows = [shapes[part][0] for part in source.parts]
     expected = [sum(rows), *shapes[source.parts[0]][1:]]
@@ -137,34 +117,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """The content of a `config.json`, read by key; every refusal names the key and its value."""
-
-    content: dict[str, Any]
-
-    def get(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A key's value; null counts as absent. Raises `UserError` when a key without default is absent."""
-        value = self.content.get(key)
-        if value is None and default is _REQUIRED:
-            raise UserError(f"'{key}' is missing: expected its value, as transformers' save_pretrained writes it")
-        return default if value is None else value
-
-    def only(self, key: str, value: Any) -> None:
-        """Refuse any value of a key but the one that the model here has, which is also the default."""
-        found = self.get(key, value)
-        if found != value:
-            raise UserError(f"'{key}' = {json.dumps(found)} is not supported, expected {json.dumps(value)}")
-
-    def choose(self, key: str, default: str, choices: Mapping[str, Any]) -> Any:
-        """What a key's value is called here."""
-        found = self.get(key, default)
-        if str(found) not in choices:
-            raise UserError(f"'{key}' = {json.dumps(found)} is not supported, expected {'|'.join(choices)}")
-        return choices[found]
-
-
-def _architecture(settings: _Settings) -> _Architecture:
+def _architecture(settings: Settings) -> Architecture:
     """By `architectures`, or by `model_type` where a file has none."""
     by_type = {entry.model_type: name for name, entry in _ARCHITECTURES.items()}
     model_type = settings.get("model_type", "none")
@@ -174,7 +127,7 @@ def _architecture(settings: _Settings) -> _Architecture:
     return _ARCHITECTURES[name]
 
 
-def _gpt2_config(settings: _Settings) -> ModelConfig:
+def _gpt2_config(settings: Settings) -> ModelConfig:
     settings.only("scale_attn_weights", True)
     settings.only("scale_attn_by_inverse_layer_idx", False)
     settings.only("add_cross_attention", False)
@@ -194,7 +147,7 @@ def _gpt2_config(settings: _Settings) -> ModelConfig:
     )
 
 
-def _llama_config(settings: _Settings) -> ModelConfig:
+def _llama_config(settings: Settings) -> ModelConfig:
     settings.only("quantization_config", None)
     settings.only("mlp_bias", settings.get("attention_bias", False))
     return ModelConfig(
@@ -217,7 +170,7 @@ def _llama_config(settings: _Settings) -> ModelConfig:
     )
 
 
-def _rope_theta(settings: _Settings) -> Any:
+def _rope_theta(settings: Settings) -> Any:
     """The base of the rotary frequencies, where older (`rope_theta`) or newer files (`rope_parameters`) keep it."""
     theta = settings.get("rope_theta", 10000.0)
     for key in ("rope_scaling", "rope_parameters"):
@@ -229,43 +182,44 @@ def _rope_theta(settings: _Settings) -> Any:
     return theta
 
 
-def _gpt2_sources(config: ModelConfig) -> Iterator[_Source]:
-    yield _Source("wte.weight", ("embedding.tokens.weight",))
-    yield _Source("wpe.weight", ("embedding.positions.weight",))
+def _gpt2_sources(config: ModelConfig) -> Iterator[Source]:
+    yield Source("wte.weight", ("embedding.tokens.weight",))
+    yield Source("wpe.weight", ("embedding.positions.weight",))
     for layer in range(config.layers):
         theirs, ours = f"h.{layer}", f"blocks.{layer}"
         for kind in ("weight", "bias"):
             conv1d = kind == "weight"
-            yield _Source(f"{theirs}.ln_1.{kind}", (f"{ours}.attention_norm.{kind}",))
-            yield _Source(f"{theirs}.attn.c_attn.{kind}", tuple(f"{ours}.attention.{part}.{kind}" for part in "qkv"), conv1d)
-            yield _Source(f"{theirs}.attn.c_proj.{kind}", (f"{ours}.attention.output.{kind}",), conv1d)
-            yield _Source(f"{theirs}.ln_2.{kind}", (f"{ours}.ffn_norm.{kind}",))
-            yield _Source(f"{theirs}.mlp.c_fc.{kind}", (f"{ours}.ffn.up.{kind}",), conv1d)
-            yield _Source(f"{theirs}.mlp.c_proj.{kind}", (f"{ours}.ffn.down.{kind}",), conv1d)
-    yield _Source("ln_f.weight", ("head.norm.weight",))
-    yield _Source("ln_f.bias", ("head.norm.bias",))
+            yield Source(f"{theirs}.ln_1.{kind}", (f"{ours}.attention_norm.{kind}",))
+            yield Source(f"{theirs}.attn.c_attn.{kind}", tuple(f"{ours}.attention.{part}.{kind}" for part in "qkv"), conv1d)
+            yield Source(f"{theirs}.attn.c_proj.{kind}", (f"{ours}.attention.output.{kind}",), conv1d)
+            yield Source(f"{theirs}.ln_2.{kind}", (f"{ours}.ffn_norm.{kind}",))
+            yield Source(f"{theirs}.mlp.c_fc.{kind}", (f"{ours}.ffn.up.{kind}",), conv1d)
+            yield Source(f"{theirs}.mlp.c_proj.{kind}", (f"{ours}.ffn.down.{kind}",), conv1d)
+    yield Source("ln_f.weight", ("head.norm.weight",))
+    yield Source("ln_f.bias", ("head.norm.bias",))
     if not config.tie_embeddings:
-        yield _Source("lm_head.weight", ("head.output.weight",))
+        yield Source("lm_head.weight", ("head.output.weight",))
 
 
-def _llama_sources(config: ModelConfig) -> Iterator[_Source]:
+def _llama_sources(config: ModelConfig) -> Iterator[Source]:
     attention = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "output"}
     linear = {f"self_attn.{theirs}": f"attention.{ours}" for theirs, ours in attention.items()}
     linear |= {f"mlp.{name}_proj": f"ffn.{name}" for name in ("gate", "up", "down")}
-    yield _Source("embed_tokens.weight", ("embedding.tokens.weight",))
+    yield Source("embed_tokens.weight", ("embedding.tokens.weight",))
     for layer in range(config.layers):
         theirs, ours = f"layers.{layer}", f"blocks.{layer}"
-        yield _Source(f"{theirs}.input_layernorm.weight", (f"{ours}.attention_norm.weight",))
-        yield _Source(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.ffn_norm.weight",))
+        yield Source(f"{theirs}.input_layernorm.weight", (f"{ours}.attention_norm.weight",))
+        yield Source(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.ffn_norm.weight",))
         for kind in ("weight", "bias") if config.bias else ("weight",):
             for name, part in linear.items():
-                yield _Source(f"{theirs}.{name}.{kind}", (f"{ours}.{part}.{kind}",))
-    yield _Source("norm.weight", ("head.norm.weight",))
+                yield Source(f"{theirs}.{name}.{kind}", (f"{ours}.{part}.{kind}",))
+    yield Source("norm.weight", ("head.norm.weight",))
     if not config.tie_embeddings:
-        yield _Source("lm_head.weight", ("head.output.weight",))
+        yield Source("lm_head.weight", ("head.output.weight",))
 
 
 _ARCHITECTURES = {
-    "GPT2LMHeadModel": _Architecture("gpt2", "transformer.", _gpt2_config, _gpt2_sources),
-    "LlamaForCausalLM": _Architecture("llama", "model.", _llama_config, _llama_sources),
+    "GPT2LMHeadModel": Architecture("gpt2", "transformer.", _gpt2_config, _gpt2_sources),
+    "LlamaForCausalLM": Architecture("llama", "model.", _llama_config, _llama_sources),
+    **BERTS,
 }

@@ -101,8 +101,8 @@ def _empty(config: ModelConfig, device: str | torch.device, dtype: torch.dtype, 
     """A model, or this rank's share of it, filled with zeros."""
     check_cut(config, mesh.tensor.size, f"--nproc {mesh.tensor.size}")
     model = cut_model(config, mesh, dtype=dtype)
-    if not isinstance(model, GPT):
-        raise UserError(f"model.family = {config.family}: expected gpt: this family does not continue text")
+    if not isinstance(model, GPT) or not model.streams[""]:
+        raise UserError(f"model.family = {config.family} does not continue text: choose a run or checkpoint of model.family = gpt")
     materialise(model, device)
     return model.eval()
 

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 from teratron.cli.parser import text
 
-SUMMARY = "train a byte-level BPE tokenizer on text, or show how one cuts a text"
+SUMMARY = "train a byte-level BPE or WordPiece tokenizer on text, or show how one cuts a text"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="action", required=True, metavar="train|show")
-    train = verbs.add_parser("train", help="learn a byte-level BPE from files and folders", allow_abbrev=False)
+    train = verbs.add_parser("train", help="learn a byte-level BPE or a WordPiece from files and folders", allow_abbrev=False)
     train.add_argument(
         "inputs", nargs="+", type=Path, metavar="INPUT", help="files or folders: text, source code, .jsonl[.gz|.zst], .parquet"
     )
-    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, 257 or more")
+    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens: 257 or more, for WordPiece 1005 or more")
+    train.add_argument("--kind", choices=("bpe", "wordpiece"), default="bpe", help="how words are cut into pieces (default: bpe)")
+    train.add_argument("--cased", action="store_true", help="WordPiece: keep capitals and accents")
+    train.add_argument(
+        "--special",
+        action="append",
+        type=text,
+        default=[],
+        metavar="TOKEN",
+        help="reserve a token that no text has, such as [MASK]; may be repeated",
+    )
     train.add_argument("--output", type=Path, required=True, metavar="FILE", help="the tokenizer.json to write")
     train.add_argument(
         "--text-key", type=text, default="text", metavar="K", help="key of a .jsonl object or column of a .parquet (default: text)"
@@ -39,14 +50,18 @@ def _train(args: argparse.Namespace) -> int:
     from teratron.data.output import writing
     from teratron.data.readers import read_texts
     from teratron.data.records import Rejection
+    from teratron.data.wordpiece import train_wordpiece
 
     output: Path = args.output
     if output.suffix != ".json":
         raise UserError(f"--output {output}: expected a name that ends with .json, such as {output.name or 'tokenizer'}.json")
+    if args.cased and args.kind == "bpe":
+        raise UserError("--cased concerns --kind wordpiece: a byte-level BPE always keeps capitals and accents; leave it out")
+    learn = train_bpe if args.kind == "bpe" else functools.partial(train_wordpiece, cased=args.cased)
     started = time.monotonic()
     rejected: list[Rejection] = []
     try:
-        tokenizer = train_bpe(read_texts(args.inputs, args.text_key, rejected.append), args.vocab_size)
+        tokenizer = learn(read_texts(args.inputs, args.text_key, rejected.append), args.vocab_size, args.special)
     except UserError as error:
         reason = f"; {len(rejected):,} malformed items were left out, the first: {rejected[0]}" if rejected else ""
         raise UserError(f"{error}{reason}") from None

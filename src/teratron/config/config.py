@@ -61,7 +61,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        check_fit(self.objective.name, self.model.family)
+        check_fit(self)
         self._check_precision()
         self._check_mup()
         if self.train.spike_zscore and (self.checkpoint.every == 0 or self.checkpoint.keep == 1):

@@ -1,19 +1,48 @@
-"""Which objective learns which family of models."""
+"""Which objective learns which family of models, and what it asks of the model."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from teratron.config.errors import UserError
 
-FITS = {"next_token": ("gpt",)}
+if TYPE_CHECKING:
+    from teratron.config.config import Config
+
+FITS = {"next_token": ("gpt",), "masked": ("encoder",)}
 """The families that each objective fits."""
 
 
-def check_fit(objective: str, family: str) -> None:
-    """Raise `UserError` for an objective that does not learn this family of models."""
-    if family in FITS[objective]:
-        return
-    others = [name for name, families in FITS.items() if family in families]
-    instead = f", or objective.name {' or '.join(others)}" if others else ""
-    raise UserError(
-        f"objective.name = {objective} does not fit model.family = {family}: choose model.family {' or '.join(FITS[objective])}{instead}"
-    )
+def check_fit(config: Config) -> None:
+    """Raise `UserError` for an objective that does not learn this family of models, or with these keys."""
+    objective, family = config.objective.name, config.model.family
+    if family not in FITS[objective]:
+        others = [name for name, families in FITS.items() if family in families]
+        instead = f", or objective.name {' or '.join(others)}" if others else ""
+        choose = f"choose model.family {' or '.join(FITS[objective])}{instead}"
+        raise UserError(f"objective.name = {objective} does not fit model.family = {family}: {choose}")
+    if objective == "masked":
+        _check_masked(config)
+
+
+def _check_masked(config: Config) -> None:
+    sentence, model, data = config.objective.sentence, config.model, config.data
+    if (sentence != "none") != model.pooler:
+        raise UserError(
+            f"objective.sentence = {sentence} does not fit model.pooler = {str(model.pooler).lower()}: "
+            "with a sentence objective set --model.pooler, without one leave both out"
+        )
+    if sentence != "none" and model.token_types == 1:
+        raise UserError(f"objective.sentence = {sentence} has two kinds of segments, model.token_types is 1: choose 2, or 0 for none")
+    if model.seq_length < 8:
+        raise UserError(f"model.seq_length = {model.seq_length} is too short for objective.name = masked: choose at least 8")
+    if config.objective.contrastive:
+        raise UserError(
+            f"objective.contrastive = {config.objective.contrastive} goes with objective.name = next_token, not masked: leave it out"
+        )
+    if data.mask_end_of_document:
+        raise UserError("data.mask_end_of_document concerns objective.name = next_token; masked never predicts that token: leave it out")
+    if data.isolate_documents and sentence != "none":
+        raise UserError(
+            f"data.isolate_documents with objective.sentence = {sentence}, whose samples are of one document anyway: leave the first out"
+        )

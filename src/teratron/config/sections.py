@@ -19,7 +19,7 @@ class ModelConfig(Section):
     section: ClassVar[str] = "model"
 
     family: Literal["gpt", "encoder", "encoder_decoder"] = key("gpt")
-    """Model family: gpt = decoder only; encoder (BERT) and encoder_decoder (T5) are built from Python."""
+    """Model family: gpt = decoder only; encoder (BERT, RoBERTa); encoder_decoder (T5) is built from Python."""
     layers: int = key(12, at_least(1))
     """Transformer blocks."""
     hidden: int = key(768, at_least(1))
@@ -41,17 +41,29 @@ class ModelConfig(Section):
     vocab_multiple: int = key(128, at_least(1))
     """The vocabulary's weights are padded in memory to a multiple of this, for fast matrix products; padding is masked out."""
     norm: Literal["layernorm", "rmsnorm"] = key("layernorm")
-    """Normalisation of each block's inputs."""
+    """Kind of normalisation."""
+    norm_place: Literal["pre", "post"] = key("pre")
+    """Where blocks normalise: pre = the input of attention and feed-forward layer, and the last output; post = each sum (original BERT)."""
     norm_eps: float = key(1e-5, above(0))
     """Added to the variance inside a norm."""
     activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] = key("gelu")
     """Feed-forward activation; swiglu and geglu add a gate projection."""
     position: Literal["learned", "rope", "none"] = key("learned")
     """How positions enter: a learned table, rotary embedding (halves rotated), or not at all."""
+    position_offset: int = key(0, at_least(0))
+    """Number of the first row of the learned table that is used, which has so many rows more (RoBERTa: 2)."""
+    token_types: int = key(0, at_least(0))
+    """Kinds of segments, each with a vector that is added to its tokens' embeddings (BERT: 2); 0 = none."""
+    embedding_norm: bool = key(False)
+    """Normalise the sum of embeddings (BERT)."""
     rope_theta: float = key(10000.0, at_least(1))
     """Base of the rotary frequencies."""
     tie_embeddings: bool = key(True)
     """Use the token embedding as the output projection."""
+    head_transform: bool = key(False)
+    """A dense layer, the activation and a norm before the output projection, which then has biases (BERT)."""
+    pooler: bool = key(False)
+    """A dense layer with tanh, whose first token tells how two segments belong together (objective.sentence)."""
     window: int = key(0, at_least(0))
     """Attention reaches back over so many tokens, its own counted, and in encoders as far ahead; 0 = over all."""
     pattern: Literal["window", "strided", "fixed"] = key("window")
@@ -121,6 +133,14 @@ class ModelConfig(Section):
             )
         if self.position == "rope" and self.head_features % 2:
             raise UserError(f"model.head_dim = {self.head_features} is odd: rotary positions need an even number of features a head")
+        if self.head_transform and self.gated:
+            raise UserError(
+                f"model.activation = {self.activation} is gated, which model.head_transform has no place for: choose gelu, or leave it out"
+            )
+        if self.position_offset and self.position != "learned":
+            raise UserError(
+                f"model.position_offset = {self.position_offset} shifts a learned table, model.position is {self.position}: leave it out"
+            )
         if self.seq_length > self.positions:
             raise UserError(
                 f"model.seq_length = {self.seq_length} exceeds model.max_positions = {self.max_positions}: "
@@ -254,7 +274,7 @@ class DataConfig(Section):
     split: str = key("99,1")
     """Shares of training and validation when data.valid is empty: native order cuts the token stream, megatron order the documents."""
     tokenizer: str = key("")
-    """A tokenizer file or folder, `bytes`, `chars`, or `bpe:SIZE` (trained on data.text).
+    """A tokenizer file or folder, `bytes`, `chars`, `bpe:SIZE` or `wordpiece:SIZE` (trained on data.text).
 
     Empty = the data set's own, or bpe of model.vocab_size (8192 where that is 0)."""
     order: Literal["native", "megatron"] = key("native")
@@ -281,14 +301,30 @@ class ObjectiveConfig(Section):
 
     section: ClassVar[str] = "objective"
 
-    name: Literal["next_token"] = key("next_token")
-    """next_token = predict each token from those before it."""
+    name: Literal["next_token", "masked"] = key("next_token")
+    """next_token = predict each token from those before it; masked = predict hidden tokens from both sides (encoder)."""
     label_smoothing: float = key(0.0, between(0, 1))
     """Share of the target's probability that is spread over the whole vocabulary in training (evaluation never smooths)."""
     contrastive: float = key(0.0, at_least(0))
     """Weight of a term that keeps the final states of a document's tokens apart (SimCTG, whose weight is 1); 0 = none, as in evaluation."""
     margin: float = key(0.5, at_least(0))
     """How far below 1 the contrastive term wants the cosine of two tokens' states."""
+    mask_rate: float = key(0.15, above(0), between(0, 1))
+    """Share of a sample's tokens that masked hides; of these 80 % become the mask token, 10 % another token, 10 % stay."""
+    whole_words: bool = key(True)
+    """Hide whole words, not single pieces of them."""
+    max_ngram: int = key(1, at_least(1))
+    """Hide runs of up to so many words."""
+    ngram: Literal["inverse", "geometric"] = key("inverse")
+    """How likely a run of n words is: as 1 / n (ALBERT, Megatron-LM), or as 0.8^n (SpanBERT)."""
+    sentence: Literal["none", "next", "order"] = key("none")
+    """What masked learns beside: nothing, whether the second of two segments follows the first (BERT), or their order (ALBERT)."""
+
+    def check(self) -> None:
+        if self.sentence != "none" and self.name != "masked":
+            raise UserError(
+                f"objective.sentence = {self.sentence} goes with objective.name = masked, not {self.name}: change one, or leave it out"
+            )
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ def make_batch(
     the document's number in the sample when `isolate_documents` (the token after an `eod` begins the next), else the place in the
     sample and 0; `sample` int64 [B]. Raises `UserError` when an end-of-document token is needed and there is none.
     """
-    if eod is None and (isolate_documents or mask_end_of_document):
-        key = "isolate_documents" if isolate_documents else "mask_end_of_document"
-        raise UserError(f"data.{key} = true: the tokenizer has no end-of-document token; use one that has, or leave data.{key} out")
+    if isolate_documents or mask_end_of_document:
+        check_eod(eod, "isolate_documents" if isolate_documents else "mask_end_of_document")
     inputs, targets = rows[:, :-1], rows[:, 1:]
     ends = inputs == eod if eod is not None else np.zeros(inputs.shape, bool)
     weights = targets >= 0
@@ -34,11 +33,17 @@ def make_batch(
         "sample": torch.from_numpy(np.array(sample, np.int64)),
     }
     if isolate_documents:
-        batch["positions"], batch["segments"] = map(torch.from_numpy, _document_places(ends))
+        batch["positions"], batch["segments"] = map(torch.from_numpy, document_places(ends))
     return batch
 
 
-def _document_places(ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def check_eod(eod: int | None, key: str) -> None:
+    """Raise `UserError` where a key of `data` needs an end-of-document token and there is none."""
+    if eod is None:
+        raise UserError(f"data.{key} = true: the tokenizer has no end-of-document token; use one that has, or leave data.{key} out")
+
+
+def document_places(ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(positions, segments) int64 [B, S] that begin anew after every True of `ends` [B, S]."""
     begins = np.zeros_like(ends)
     begins[:, 1:] = ends[:, :-1]

@@ -17,7 +17,7 @@ from teratron.data.tokenizer import Tokenizer, load_tokenizer
 
 Say = Callable[[str], None]
 ANYTHING = Needs()
-TRAINED = ("chars", "bpe")
+TRAINED = ("chars", "bpe", "wordpiece")
 """What `data.tokenizer` may say to have a tokenizer trained on data.text."""
 
 
@@ -130,19 +130,21 @@ def _text_tokenizer(config: Config, run: Path, say: Say, special: Sequence[str])
     """The tokenizer that `data.tokenizer` names, trained on the text when it says so, and saved in the run; special: what it reserves."""
     from teratron.data.bpe import train_bpe
     from teratron.data.tokenizer import train_chars
+    from teratron.data.wordpiece import train_wordpiece
 
+    learners = {"bpe": ("byte-level BPE", train_bpe), "wordpiece": ("WordPiece", train_wordpiece)}
     spec = config.data.tokenizer or "bpe"
     kind, colon, size = spec.partition(":")
     if kind not in TRAINED:
         tokenizer = load_tokenizer(spec)
     elif spec == "chars":
         tokenizer = _trained(train_chars, config)
-    elif kind == "bpe" and (size.isdecimal() or not colon):
-        vocab_size = int(size or config.model.vocab_size or 8192)
-        say(f"training a byte-level BPE tokenizer of {vocab_size:,} tokens on data.text")
-        tokenizer = _trained(lambda texts: train_bpe(texts, vocab_size, special), config)
+    elif kind in learners and (size.isdecimal() or not colon):
+        vocab_size, (name, learn) = int(size or config.model.vocab_size or 8192), learners[kind]
+        say(f"training a {name} tokenizer of {vocab_size:,} tokens on data.text")
+        tokenizer = _trained(lambda texts: learn(texts, vocab_size, special), config)
     else:
-        raise UserError(f"data.tokenizer = {spec!r}: expected chars or bpe:SIZE, such as bpe:8192")
+        raise UserError(f"data.tokenizer = {spec!r}: expected chars, bpe:SIZE or wordpiece:SIZE, such as bpe:8192")
     save_tokenizer(tokenizer, run / "tokenizer")
     return tokenizer
 
@@ -197,7 +199,9 @@ def _set_tokenizer(config: Config, run: Path, sources: list[Source], kept: Token
     """The tokenizer of prepared data: the run's, else `data.tokenizer`, else the one beside the first data set, else unknown."""
     spec = config.data.tokenizer
     if kept is None and spec.partition(":")[0] in TRAINED:
-        raise UserError(f"data.tokenizer = {spec!r} is trained on raw text: with data.train give a tokenizer file, or leave it out")
+        raise UserError(
+            f"data.tokenizer = {spec!r} is trained on raw text: with data.train give a tokenizer file, or none (--data.tokenizer=)"
+        )
     beside = Path(f"{sources[0].dataset.prefix}.tokenizer")
     tokenizer = kept or (load_tokenizer(spec or beside) if spec or beside.is_dir() else None)
     _check_fingerprints(sources, tokenizer)

@@ -115,7 +115,7 @@ def load_merges(file: Path, eod: str) -> HuggingFaceTokenizer:
 def load_wordpiece(file: Path, eod: str) -> HuggingFaceTokenizer:
     """A BERT vocab.txt, one piece a line; text is lower-cased unless some piece holds a capital."""
     from tokenizers import Tokenizer as Engine
-    from tokenizers import decoders, models, normalizers, pre_tokenizers
+    from tokenizers import models
 
     try:
         pieces = file.read_text("utf-8").splitlines()
@@ -125,11 +125,7 @@ def load_wordpiece(file: Path, eod: str) -> HuggingFaceTokenizer:
     if "[UNK]" not in vocab:
         raise UserError(f"tokenizer {file}: no [UNK] among its {len(pieces)} lines: expected a BERT vocab.txt, one piece a line")
     cased = any(piece != piece.lower() for piece in vocab if not piece.startswith("["))
-    engine = Engine(models.WordPiece(vocab, unk_token="[UNK]"))
-    engine.normalizer = normalizers.BertNormalizer(lowercase=not cased)
-    engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    engine.decoder = decoders.WordPiece()
-    return _made(engine, file, eod)
+    return _made(wordpiece(Engine(models.WordPiece(vocab, unk_token="[UNK]")), cased), file, eod)
 
 
 def _load_vocab_and_merges(vocab: Path, merges: Path, eod: str) -> HuggingFaceTokenizer:
@@ -154,6 +150,16 @@ def byte_level(model: Any) -> Engine:
     engine = Engine(model)
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
+    return engine
+
+
+def wordpiece(engine: Engine, cased: bool) -> Engine:
+    """An engine with BERT's splitting into words; without case, and then without accents, unless `cased`."""
+    from tokenizers import decoders, normalizers, pre_tokenizers
+
+    engine.normalizer = normalizers.BertNormalizer(lowercase=not cased)
+    engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    engine.decoder = decoders.WordPiece()
     return engine
 
 

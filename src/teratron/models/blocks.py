@@ -10,15 +10,18 @@ from torch import Tensor, nn
 from teratron.config import ModelConfig
 from teratron.models.attention import AttentionCore
 from teratron.models.contrast import TokenContrast
-from teratron.models.feed_forward import FeedForward
+from teratron.models.feed_forward import FeedForward, activate
 from teratron.models.head import LanguageHead
 from teratron.models.leaves import Dropout, Embedding, Linear, Norm
 from teratron.models.moe import MoE
 from teratron.models.units import Shared, State, with_routing
 
+TYPES = "token_types"
+"""Of a state: which segment each token is in, int64 [B, S]; all in the first where it is absent."""
+
 
 class TokenEmbedding(nn.Module):
-    """Tokens, and learned positions, to hidden features. With `table` it uses another embedding's table of tokens."""
+    """Tokens, learned positions and types of segments to hidden features. With `table` it uses another embedding's table of tokens."""
 
     def __init__(
         self, config: ModelConfig, site: str = "embedding", reads: str = "tokens", table: Embedding | None = None, name: str = ".weight"
@@ -27,14 +30,21 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.reads = reads
         self.tokens = table or Embedding(config.vocab_size, config.hidden, config.init_std, config.vocab_multiple, name)
-        self.positions = Embedding(config.positions, config.hidden, config.init_std) if config.position == "learned" else None
+        self.offset, places = config.position_offset, config.positions + config.position_offset
+        self.positions = Embedding(places, config.hidden, config.init_std) if config.position == "learned" else None
+        self.types = Embedding(config.token_types, config.hidden, config.init_std) if config.token_types else None
+        self.norm = block_norm(config) if config.embedding_norm else None
         self.dropout = Dropout(config.dropout, f"{site}.dropout")
 
     def forward(self, state: State, shared: Shared) -> State:
-        rest = {name: tensor for name, tensor in state.items() if name != self.reads}
+        rest = {name: tensor for name, tensor in state.items() if name not in (self.reads, TYPES)}
         hidden_BSH = self.tokens(state[self.reads])
         if self.positions is not None:
-            hidden_BSH = hidden_BSH + self.positions(shared.positions)
+            hidden_BSH = hidden_BSH + self.positions(shared.positions + self.offset)
+        if self.types is not None:
+            hidden_BSH = hidden_BSH + self.types(state[TYPES] if TYPES in state else torch.zeros_like(shared.positions))
+        if self.norm is not None:
+            hidden_BSH = self.norm(hidden_BSH)
         return {**rest, "hidden": self.dropout(hidden_BSH, shared.keys)}
 
 
@@ -90,10 +100,11 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer layer, norm first; with `cross` it also attends to the encoder's memory."""
+    """One transformer layer; with `cross` it also attends to the encoder's memory."""
 
     def __init__(self, config: ModelConfig, layer: int, site: str, cross: bool = False) -> None:
         super().__init__()
+        self.norm_first = config.norm_place == "pre"
         self.attention_norm = block_norm(config)
         self.attention = Attention(config, layer, f"{site}.attention")
         self.attention_dropout = Dropout(config.dropout, f"{site}.attention.dropout")
@@ -109,34 +120,54 @@ class Block(nn.Module):
 
     def forward(self, state: State, shared: Shared) -> State:
         hidden = state["hidden"]
-        hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden), shared), shared.keys)
+        mixed = self.attention(self._before(self.attention_norm, hidden), shared)
+        hidden = self._after(self.attention_norm, hidden + self.attention_dropout(mixed, shared.keys))
         if self.cross:
-            mixed = self.cross_attention(self.cross_attention_norm(hidden), state["memory"], shared)
-            hidden = hidden + self.cross_attention_dropout(mixed, shared.keys)
-        x = self.ffn_norm(hidden)
+            mixed = self.cross_attention(self._before(self.cross_attention_norm, hidden), state["memory"], shared)
+            hidden = self._after(self.cross_attention_norm, hidden + self.cross_attention_dropout(mixed, shared.keys))
+        x = self._before(self.ffn_norm, hidden)
         if isinstance(self.ffn, MoE):
             # A generated token would compete for capacity with those before it, which are not here: then nothing is dropped.
             mixed, routing = self.ffn(x, shared.real, dropless=shared.cache is not None)
             state = with_routing(state, f"{self.site}.ffn.router", routing.terms, routing.load_E)
         else:
             mixed = self.ffn(x)
-        return {**state, "hidden": hidden + self.ffn_dropout(mixed, shared.keys)}
+        return {**state, "hidden": self._after(self.ffn_norm, hidden + self.ffn_dropout(mixed, shared.keys))}
+
+    def _before(self, norm: Norm, hidden: Tensor) -> Tensor:
+        return norm(hidden) if self.norm_first else hidden
+
+    def _after(self, norm: Norm, hidden: Tensor) -> Tensor:
+        return hidden if self.norm_first else norm(hidden)
 
 
 class Head(nn.Module):
-    """Last unit: final norm; `output` then gives logits or losses, `contrast` the contrastive loss."""
+    """Last unit: final norm, with `transform` a dense layer; `output` then gives logits or losses.
+
+    `sentence` gives those of `pooled`, `contrast` the contrastive loss.
+    """
 
     def __init__(self, config: ModelConfig, tied_to: str, shared_weight: nn.Parameter | None) -> None:
         """tied_to: the part whose weight a tied head uses; shared_weight: that weight, where it is at hand."""
         super().__init__()
-        self.norm = block_norm(config)
-        self.shrinking = 1 / config.widening
-        name = f"/{tied_to}" if config.tie_embeddings else ".weight"
-        self.output = LanguageHead(config.hidden, config.vocab_size, config.vocab_multiple, config.init_std, shared_weight, name)
+        self.norm = block_norm(config) if config.norm_place == "pre" else None
+        self.shrinking, self.activation, width = 1 / config.widening, config.activation, config.hidden
+        self.transforms, self.pools = config.head_transform, config.pooler
+        if self.transforms:
+            self.transform, self.transform_norm = Linear(width, width, config.bias, config.matrix_std), block_norm(config)
+        if self.pools:
+            self.pooler = Linear(width, width, config.bias, config.matrix_std)
+            self.sentence = LanguageHead(width, 2, 1, config.init_std, bias=config.bias)
+        name, bias = f"/{tied_to}" if config.tie_embeddings else ".weight", self.transforms and config.bias
+        self.output = LanguageHead(width, config.vocab_size, config.vocab_multiple, config.init_std, shared_weight, name, bias)
         self.contrast = TokenContrast()
 
     def forward(self, state: State, shared: Shared) -> State:
-        hidden = self.norm(state["hidden"])
+        hidden = self.norm(state["hidden"]) if self.norm is not None else state["hidden"]
+        if self.pools:  # of every token, as the first may be on another rank: the whole costs less than a hundredth of a block
+            state = {**state, "pooled": self.pooler(hidden).tanh()}
+        if self.transforms:
+            hidden = self.transform_norm(activate(self.transform(hidden), self.activation))
         return {**state, "hidden": hidden if self.shrinking == 1 else hidden * self.shrinking}
 
 

@@ -38,6 +38,6 @@ class GPT(Model):
 
 
 class Encoder(GPT):
-    """The same stack with attention in both directions, as BERT has it."""
+    """The same stack with attention in both directions (BERT, Devlin et al. 2019; RoBERTa, Liu et al. 2019)."""
 
     streams: ClassVar = {"": False}

@@ -33,37 +33,53 @@ class Vocabulary:
 
 
 class LanguageHead(Leaf):
-    """Scores of the next token. Rows of padding in the weight are masked out of every softmax.
+    """Scores of a token, or of another class. Rows of padding in the weight are masked out of every softmax.
 
     With `shared` the head uses that parameter (the token embedding's), which keeps its one name and owner. `name` is the
     part's name; a head apart from the embedding that it is tied to holds a copy under the embedding's name (contract C9).
     """
 
     def __init__(
-        self, width: int, vocab: int, multiple: int, std: float, shared: nn.Parameter | None = None, name: str = ".weight"
+        self,
+        width: int,
+        vocab: int,
+        multiple: int,
+        std: float,
+        shared: nn.Parameter | None = None,
+        name: str = ".weight",
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.multiple, self.std, self.name, self.owns = multiple, std, name, shared is None
         self.vocabulary = Vocabulary(vocab, 0, vocab)
         self.weight = nn.Parameter(torch.empty(-(-vocab // multiple) * multiple, width)) if shared is None else shared
+        self.bias = nn.Parameter(torch.empty(self.weight.shape[0])) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden [..., H], padding cut off."""
-        return F.linear(hidden, self.weight)[..., : self.vocabulary.count]
+        return F.linear(hidden, self.weight, self.bias)[..., : self.vocabulary.count]
 
-    def loss_sum(self, hidden: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
+    def loss_sum(self, hidden: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0, most: int = 0) -> Tensor:
         """Sum over tokens of weight * cross-entropy; hidden [B, S, H], targets and weights [B, S]. A scalar.
 
-        smoothing: the share of each target's probability that is spread evenly over the whole vocabulary.
+        smoothing: the share of each target's probability that is spread evenly over the whole vocabulary. most: no row has more
+        tokens of any weight, and no others are looked at; 0 = all may have.
         """
+        if 0 < most < weights.shape[1]:
+            places = (weights != 0).to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+            hidden = hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+            targets, weights = targets.gather(1, places), weights.gather(1, places)
         # Inside an autograd function a parameter asks for its gradient even under no_grad; evaluation must not pay for it.
-        weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
-        flat = hidden.flatten(0, -2), weight, targets.flatten(), weights.flatten()
+        learning = torch.is_grad_enabled()
+        weight, bias = (tensor if learning or tensor is None else tensor.detach() for tensor in (self.weight, self.bias))
+        flat = hidden.flatten(0, -2), weight, bias, targets.flatten(), weights.flatten()
         return LinearCrossEntropy.apply(*flat, self.vocabulary, smoothing)
 
     def leaf_parts(self) -> Iterator[Part]:
         if self.owns:
             yield Part(self.name, "weight", 0, (self.vocabulary.total, self.weight.shape[1]), self.std)
+        if self.bias is not None:
+            yield Part(".bias", "bias", 0, (self.vocabulary.total,), None)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -76,14 +92,22 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, weights_T: Tensor, vocabulary: Vocabulary, smoothing: float
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_T: Tensor,
+        weights_T: Tensor,
+        vocabulary: Vocabulary,
+        smoothing: float,
     ) -> Tensor:
-        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        needs_gradient = any(ctx.needs_input_grad[:3])
         exact = accurate(hidden_TH.dtype)
         half = exact != hidden_TH.dtype
         total = torch.zeros((), dtype=exact, device=hidden_TH.device)
         grad_hidden = torch.empty_like(hidden_TH) if needs_gradient else None
         grad_weight: Tensor | None = None
+        grad_bias = None if bias_V is None else bias_V.new_zeros(bias_V.shape, dtype=exact)
         rows = min(max(CHUNK_LOGITS // weight_VH.shape[0], CHUNK_ROWS), hidden_TH.shape[0])
         products = hidden_TH.new_empty(rows, weight_VH.shape[0])  # one buffer for all chunks: fresh ones cost page faults
         accurates = products.to(exact)
@@ -94,21 +118,27 @@ class LinearCrossEntropy(torch.autograd.Function):
             torch.mm(hidden, weight_VH.t(), out=product)
             if half:
                 logits.copy_(product)
+            if bias_V is not None:
+                logits.add_(bias_V)
             total += _losses(logits, targets_T[part, None], weights, vocabulary, smoothing)
             if grad_hidden is not None:
+                if grad_bias is not None:
+                    grad_bias += logits.sum(0)
                 slopes = product.copy_(logits) if half else logits
                 torch.mm(slopes, weight_VH, out=grad_hidden[part])
                 grad_weight = _add_product(grad_weight, slopes.t(), hidden)
         if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None, None, None]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         # In half types the factor may be a large loss scale: multiply what is kept accurately before it is rounded.
-        grad_weight = grad_weight.mul_(upstream[0].to(grad_weight.dtype)).to(grad_hidden.dtype)
-        return grad_hidden.mul_(upstream[0].to(accurate(grad_hidden.dtype))), grad_weight, None, None, None, None
+        dtype = grad_hidden.dtype
+        grad_weight = grad_weight.mul_(upstream[0].to(grad_weight.dtype)).to(dtype)
+        grad_bias = None if grad_bias is None else grad_bias.mul_(upstream[0].to(grad_bias.dtype)).to(dtype)
+        return grad_hidden.mul_(upstream[0].to(accurate(dtype))), grad_weight, grad_bias, None, None, None, None
 
 
 def _losses(logits: Tensor, targets: Tensor, weights: Tensor, vocabulary: Vocabulary, smoothing: float) -> Tensor:

@@ -46,6 +46,8 @@ RESIDUAL_NORM = Cut(_R, _R)
 EMBEDDING: Plan = {
     "tokens": Cut(_W, _R, {"weight": 0}),
     "positions": Cut(_W, _R),
+    "types": Cut(_W, _R),
+    "norm": RESIDUAL_NORM,
     "dropout": Cut(_R, _R),
 }
 ATTENTION: Plan = {
@@ -70,7 +72,11 @@ MIXTURE: Plan = {
 }
 HEAD: Plan = {
     "norm": RESIDUAL_NORM,
-    "output": Cut(_R, _W, {"weight": 0}),
+    "transform": Cut(_R, _R),
+    "transform_norm": RESIDUAL_NORM,
+    "pooler": Cut(_R, _R),
+    "sentence": Cut(_R, _W),
+    "output": Cut(_R, _W, {"weight": 0, "bias": 0}),
 }
 
 

@@ -12,6 +12,7 @@ from teratron.data.samples import Samples
 from teratron.data.special import Needs, SpecialTokens
 from teratron.models import Model, State
 from teratron.objectives.layers import layer_counts, layer_loads, layer_terms
+from teratron.objectives.masked import Masked
 from teratron.objectives.next_token import NextToken
 from teratron.objectives.terms import Batch, Tally, Term, total_loss
 
@@ -55,7 +56,7 @@ class Objective(Protocol):
         """The terms of a micro-batch from the model's last state."""
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"next_token": NextToken}
+OBJECTIVES: dict[str, type[Objective]] = {"next_token": NextToken, "masked": Masked}
 
 
 def build_objective(config: Config) -> Objective:

@@ -21,6 +21,7 @@ from teratron.parallel.twins import (
     RowLinear,
     SequenceDropout,
     SequenceEmbedding,
+    SequenceHead,
     VocabularyEmbedding,
     VocabularyHead,
     even_share,
@@ -75,10 +76,12 @@ class _Surgeon:
                     setattr(module, name, twin)
 
     def twin(self, leaf: nn.Module, cut: Cut) -> nn.Module:
-        if isinstance(leaf, Linear):
+        if isinstance(leaf, Linear) and cut.tensor:
             return (ColumnLinear if cut.inputs is Layout.RESIDUAL else RowLinear)(leaf, self.pieces(leaf, cut), self.group, self.sequence)
-        if isinstance(leaf, LanguageHead):
+        if isinstance(leaf, LanguageHead) and cut.tensor:
             return self.head(leaf, cut)
+        if isinstance(leaf, LanguageHead) and self.sequence:
+            return SequenceHead(leaf, self.pieces(leaf, cut), self.group)
         if isinstance(leaf, Embedding) and cut.tensor:
             twin = VocabularyEmbedding(leaf, self.pieces(leaf, cut), self.group, self.sequence)
             self.tables[id(leaf.weight)] = twin.weight
@@ -89,14 +92,14 @@ class _Surgeon:
             return SequenceDropout(leaf, self.group)
         if isinstance(leaf, AttentionCore):
             leaf.place, leaf.shares = self.group.rank, self.group.size
-        if isinstance(leaf, (Norm, Embedding, Router)):
+        if isinstance(leaf, (Norm, Embedding, Router, Linear, LanguageHead)):
             leaf.pieces = self.pieces(leaf, cut)
         return leaf
 
     def head(self, leaf: LanguageHead, cut: Cut) -> nn.Module:
         whole = Part(leaf.name, "weight", 0, (leaf.vocabulary.total, leaf.weight.shape[1]), leaf.std)
-        held = cut_part(whole, 0, self.group, 1)
-        return VocabularyHead(leaf, held, self.group, self.sequence, self.tables.get(id(leaf.weight)))
+        held, shared = cut_part(whole, 0, self.group, 1), self.tables.get(id(leaf.weight))
+        return VocabularyHead(leaf, held, self.pieces(leaf, cut), self.group, self.sequence, shared)
 
     def pieces(self, leaf: Leaf, cut: Cut) -> list[Part]:
         """What this rank holds of a leaf's parts."""

@@ -86,6 +86,6 @@ def _share_table(models: list[Model]) -> None:
     """Of one rank's stages that are tied to the table of tokens, the first holds it and the others use it."""
     held = [(model, leaf) for model in models for leaf, part in leaves_and_parts(model) if part.name == TABLE]
     for model, leaf in held[1:]:
-        table, leaf.pieces = leaf.weight, []
+        table, leaf.pieces = leaf.weight, [part for part in leaf.parts() if part.parameter != "weight"]
         for user in [module for module in model.modules() if getattr(module, "weight", None) is table]:
             user.weight = held[0][1].weight  # the leaf's own, and a head's that is tied to it

@@ -99,7 +99,8 @@ def _loss_tiles(history: History) -> Iterable[tuple[str, str, str]]:
     evals = [event for event in history.of_kind("eval") if math.isfinite(number(event.get("loss")))]
     if evals:
         best, last = min(evals, key=lambda event: number(event["loss"])), evals[-1]
-        yield "Held-out perplexity", f"{perplexity_of(best):,.2f}", _against_bigram(history, perplexity_of(best))
+        if "perplexity" in best:
+            yield "Held-out perplexity", f"{perplexity_of(best):,.2f}", _against_bigram(history, perplexity_of(best))
         at = f"at step {step_of(best):,.0f}"
         yield "Held-out loss", f"{best['loss']:.3f}", at if best is last else f"best, {at}; last {last['loss']:.3f}"
     loss, count = history.columns["loss"], len(history.columns["loss"]) // 50

@@ -58,7 +58,7 @@ def absolute_paths(config: Config) -> Config:
     data = config.data
     paths: dict[str, Any] = {f"data.{name}": _absolute_blend(getattr(data, name)) for name in ("train", "valid")}
     tokenizer = data.tokenizer
-    if tokenizer and tokenizer.partition(":")[0] not in ("bytes", "chars", "bpe"):
+    if tokenizer and tokenizer.partition(":")[0] not in ("bytes", "chars", "bpe", "wordpiece"):
         tokenizer = os.path.abspath(tokenizer)
     copies = config.checkpoint.copy_to
     if copies and "://" not in copies:

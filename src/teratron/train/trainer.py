@@ -378,10 +378,14 @@ class Trainer:
         begun = time.perf_counter()
         tally = self._evaluate()
         loss = tally.loss()
-        perplexity = math.exp(min(loss, 700.0))
+        terms, more = tally.means(), {}
+        told = "".join(f", {name} {mean:.4f}" for name, mean in terms.items()) if len(terms) > 1 else ""
+        if self.config.objective.name == "next_token":  # others predict tokens from both sides: no probability of a text follows from it
+            more = {"perplexity": math.exp(min(loss, 700.0))}
+            told = f", perplexity {more['perplexity']:,.2f}"
         seconds = time.perf_counter() - begun
-        metrics.write("eval", step=step, loss=loss, perplexity=perplexity, terms=tally.means(), seconds=seconds, time=time.time())
-        self.console.say(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity:,.2f} ({duration(seconds)})")
+        metrics.write("eval", step=step, loss=loss, **more, terms=terms, seconds=seconds, time=time.time())
+        self.console.say(f"step {step}: held-out loss {loss:.4f}{told} ({duration(seconds)})")
         return loss
 
     def _announce(self, metrics: Metrics | Silence) -> None:
