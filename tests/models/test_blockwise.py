@@ -8,6 +8,7 @@ from torch import Tensor
 
 from teratron.models.attention import AttentionCore, most_rows
 from teratron.models.blockwise import Encounter, blockwise
+from teratron.models.flex import flexible
 from teratron.models.patterns import FULL, Pattern, tiles_of
 from teratron.models.random import mask_keys
 from teratron.models.sight import Sight
@@ -70,6 +71,17 @@ def test_the_core_takes_tiles_for_long_sequences_and_the_dense_kernel_for_short_
         inputs, sight = inputs_of(length, 1, 2, 1), Sight(True, pattern)
         assert bool(sight.tiles(length, length, most_rows(torch.device("cpu")))) is sparse
         assert_equal(core(*inputs, sight, None), core.plain(*inputs, sight, None), inputs)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_flex_attention_sees_what_the_dense_mask_lets_see(pattern: Pattern, causal: bool) -> None:
+    inputs = [x.detach() for x in inputs_of(150, 2, 4, 2)]
+    for segments in (None, documents(2, 150)):
+        sight = Sight(causal, pattern, segments)
+        found, expected = flexible(*inputs, sight, compiled=False), AttentionCore(0.0, "core").plain(*inputs, sight, None)
+        assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
 def test_half_types_are_summed_in_float32() -> None:

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from teratron.config import ModelConfig, UserError
+from teratron.config import Config, ModelConfig, UserError
 from teratron.models.patterns import FULL, Pattern, keys_seen, tiles_of
 
 PATTERNS = [
@@ -104,3 +104,8 @@ def test_keys_seen_is_the_mean_over_queries(pattern: Pattern, causal: bool) -> N
 def test_patterns_that_cannot_be_are_refused(keys: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ModelConfig(seq_length=16, **keys)  # type: ignore[arg-type]
+
+
+def test_global_tokens_of_a_sample_are_refused_with_documents_apart() -> None:
+    with pytest.raises(UserError, match="model.global_tokens = 2 are .* data.isolate_documents = true .* leave one out"):
+        Config().override({"model.window": 4, "model.global_tokens": 2, "data.isolate_documents": True})

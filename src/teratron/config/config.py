@@ -61,9 +61,14 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        check_fit(self)
+        check_fit(self.objective.name, self.model.family)
         self._check_precision()
         self._check_mup()
+        if self.model.global_tokens and self.data.isolate_documents:
+            raise UserError(
+                f"model.global_tokens = {self.model.global_tokens} are the first of a sample, of which with data.isolate_documents = true "
+                "only the first document sees them: leave one out"
+            )
         if self.train.spike_zscore and (self.checkpoint.every == 0 or self.checkpoint.keep == 1):
             name = "every" if self.checkpoint.every == 0 else "keep"
             raise UserError(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teratron.models.blockwise import Dropped, Encounter, blockwise
+from teratron.models.flex import fits, flexible
 from teratron.models.leaves import accurate
 from teratron.models.random import feature_keys, seed_of
 from teratron.models.sight import Sight
@@ -33,9 +34,11 @@ class AttentionCore(nn.Module):
         """keys: dropout keys of the queries, int32 [B, S], or None."""
         queries, columns = q_BNSD.shape[2], k_BKTD.shape[2]
         tiles = sight.tiles(queries, columns, most_rows(q_BNSD.device))
+        dropped = self.dropped(keys, q_BNSD.shape[1], columns) if tiles else None
+        if tiles and dropped is None and fits(q_BNSD):
+            return flexible(q_BNSD, k_BKTD, v_BKTD, sight)
         if tiles:
-            encounter = Encounter(tiles, sight.segments, sight.segments, self.dropped(keys, q_BNSD.shape[1], columns))
-            return blockwise(q_BNSD, k_BKTD, v_BKTD, encounter)
+            return blockwise(q_BNSD, k_BKTD, v_BKTD, Encounter(tiles, sight.segments, sight.segments, dropped))
         if self.dropout and keys is not None:
             return self.plain(q_BNSD, k_BKTD, v_BKTD, sight, keys)
         grouped = q_BNSD.shape[1] != k_BKTD.shape[1]

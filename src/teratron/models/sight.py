@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -34,14 +35,18 @@ class Sight:
     """Places of the keys, int64 [B or 1, T]; None = 0 to T - 1."""
     given: Tensor | None = None
     """bool [B or 1, 1, S, T] in place of all that."""
-    _made: dict[Any, Tensor | None] = field(default_factory=dict, repr=False)
-    """Masks made before: all layers of a forward pass share them."""
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """bool [B or 1, 1, S, T] of what may be seen; None = all, or with `causal` all but what is later, places being 0, 1, ..."""
-        if (queries, keys) not in self._made:
-            self._made[queries, keys] = self._mask(queries, keys, device)
-        return self._made[queries, keys]
+        made: Tensor | None = self.remembered((queries, keys), lambda: self._mask(queries, keys, device))
+        return made
+
+    def remembered(self, name: Any, make: Callable[[], Any]) -> Any:
+        """Something that all layers of a forward pass share, made once."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     def _mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         if self.given is not None:
