@@ -152,3 +152,20 @@ def test_curves_of_different_lengths_are_refused() -> None:
 
 def test_a_chart_without_numbers_says_so() -> None:
     assert "no numbers yet" in [text.text for text in draw(Series("a", [1], [None])).iter("text")]
+
+
+def test_a_logarithmic_x_axis_puts_equal_factors_at_equal_distances() -> None:
+    rates = [1e-5, 1e-4, 1e-3, 1e-2]
+    drawn = line_chart([Series("loss", rates, [4.0, 3.0, 2.0, 1.0])], title="", x_label="rate", y_label="", log_x=True)
+    path = re.search(r'<path class="line hue-1" d="M([^"]+)"', drawn)
+    assert path is not None
+    places = [float(point.split(",")[0]) for point in path[1].split()]
+    assert [after - before for before, after in itertools.pairwise(places)] == pytest.approx([places[1] - places[0]] * 3, abs=0.2)
+    assert ">0.001</text>" in drawn
+
+
+def test_a_curve_without_a_name_stands_in_no_legend_and_no_tooltip() -> None:
+    curves = [Series("", [1, 2], [3.0, 4.0]), Series("one", [1, 2], [1.0, 2.0]), Series("two", [1, 2], [5.0, 6.0])]
+    drawn = line_chart(curves, title="", x_label="step", y_label="")
+    assert drawn.count('<path class="line') == 3 + 2, "three curves, two lines of the legend"
+    assert "<title>step 1\none: 1\ntwo: 5</title>" in drawn

@@ -81,8 +81,8 @@ def _run(sweep: Sweep) -> int:
     from rich.live import Live
 
     console = Console(soft_wrap=True)
-    tried = ", ".join(f"{count} trials up to step {until}" if until else f"{count} trials" for count, until in sweep.rounds)
-    console.print(f"{sweep.plan.method}: {tried}; {len(sweep.slots)} at a time", highlight=False)
+    tried = ", ".join(f"{count} up to step {until}" if until else f"{count}" for count, until in sweep.rounds)
+    console.print(f"{sweep.plan.method}, trials: {tried}; {len(sweep.slots)} at a time", highlight=False)
     if sys.stdout.isatty():
         with Live(_table(sweep), console=console, auto_refresh=False) as live:
             code = sweep.run(
