@@ -107,5 +107,5 @@ def test_patterns_that_cannot_be_are_refused(keys: dict[str, object], message: s
 
 
 def test_global_tokens_of_a_sample_are_refused_with_documents_apart() -> None:
-    with pytest.raises(UserError, match="model.global_tokens = 2 are .* data.isolate_documents = true .* leave one out"):
+    with pytest.raises(UserError, match=r"model.global_tokens = 2 are .* data.isolate_documents = true .* leave one out"):
         Config().override({"model.window": 4, "model.global_tokens": 2, "data.isolate_documents": True})
