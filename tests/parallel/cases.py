@@ -16,6 +16,7 @@ from torch import Tensor
 from teratron.config import Config
 from teratron.models import State
 from teratron.objectives import Batch, NextToken
+from teratron.objectives.multi_token import Ahead
 from teratron.parallel.boxes import Piece
 from teratron.parallel.mesh import Mesh, check_layout, mesh_sizes
 from teratron.train.engine import Engine
@@ -59,7 +60,7 @@ class AnyFamily(NextToken):
     """The next token's terms for every family: each with the inputs that it reads."""
 
     def inputs(self, batch: Batch) -> State:
-        return {name: tensor for name, tensor in batch.items() if name not in ("targets", "weights", "sample")}
+        return {name: tensor for name, tensor in batch.items() if not name.endswith(("targets", "weights", "sample"))}
 
 
 def config_of(keys: dict[str, Any]) -> Config:
@@ -133,9 +134,11 @@ def train(
 ) -> Learnt:
     """Some steps on one rank; what it learnt, and the pieces of the state that it holds."""
     engine = engine_of(rank, ranks, keys)
+    ahead = Ahead(engine.config)
     losses, norms = [], []
     for step in range(1, steps + 1):
-        batch = share(engine, batch_of(engine.config, step, packed, length, silent))
+        batch = batch_of(engine.config, step, packed, length, silent)
+        batch = share(engine, batch | ahead.labels(batch))
         tally, norm = engine.step(batch, step=step, number=step, lr=engine.config.optim.lr)
         losses.append(tally.loss())
         norms.append(float(norm))

@@ -69,6 +69,7 @@ class Config:
                 f"model.global_tokens = {self.model.global_tokens} are the first of a sample, of which with data.isolate_documents = true "
                 "only the first document sees them: leave one out"
             )
+        self._check_predicted()
         if self.train.spike_zscore and (self.checkpoint.every == 0 or self.checkpoint.keep == 1):
             name = "every" if self.checkpoint.every == 0 else "keep"
             raise UserError(
@@ -138,6 +139,19 @@ class Config:
             name = "fp8_except" if train.fp8_except else "fp8_scaling"
             raise UserError(
                 f"train.{name} concerns float8, but train.precision = {train.precision}: set --train.precision fp8, or leave it out"
+            )
+
+    def _check_predicted(self) -> None:
+        ahead, family, objective = self.model.predict_tokens, self.model.family, self.objective
+        if ahead > 1 and (family != "gpt" or objective.name != "next_token"):
+            raise UserError(
+                f"model.predict_tokens = {ahead} goes with model.family = gpt and objective.name = next_token, not with {family} and "
+                f"{objective.name}: leave it out"
+            )
+        if ahead == 1 and objective.ahead_weight != 1:
+            raise UserError(
+                f"objective.ahead_weight = {objective.ahead_weight} weighs tokens after the next, but model.predict_tokens = 1: raise the "
+                "second, or leave the first out"
             )
 
     def _check_mup(self) -> None:

@@ -64,6 +64,9 @@ class ModelConfig(Section):
     """A dense layer, the activation and a norm before the output projection, which then has biases (BERT)."""
     pooler: bool = key(False)
     """A dense layer with tanh, whose first token tells how two segments belong together (objective.sentence)."""
+    predict_tokens: int = key(1, at_least(1))
+    """Tokens that are predicted at each place: the next, and the further ones each by a head of one block, which works beside the last
+    block and shares the output projection (Gloeckle et al. 2024). Generation and evaluation use the next alone."""
     window: int = key(0, at_least(0))
     """Attention reaches back over so many tokens, its own counted, and in encoders as far ahead; 0 = over all."""
     pattern: Literal["window", "strided", "fixed"] = key("window")
@@ -145,6 +148,10 @@ class ModelConfig(Section):
             raise UserError(
                 f"model.seq_length = {self.seq_length} exceeds model.max_positions = {self.max_positions}: "
                 "lower the first or raise the second"
+            )
+        if self.predict_tokens > max(1, self.seq_length - 1):
+            raise UserError(
+                f"model.predict_tokens = {self.predict_tokens} reaches beyond model.seq_length = {self.seq_length}: lower it, such as to 4"
             )
         if self.mup_base_head and not self.mup_base:
             raise UserError(f"model.mup_base_head = {self.mup_base_head} without model.mup_base: set both, or leave it out")
@@ -309,6 +316,8 @@ class ObjectiveConfig(Section):
     """Weight of a term that keeps the final states of a document's tokens apart (SimCTG, whose weight is 1); 0 = none, as in evaluation."""
     margin: float = key(0.5, at_least(0))
     """How far below 1 the contrastive term wants the cosine of two tokens' states."""
+    ahead_weight: float = key(1.0, above(0))
+    """Weight of the loss of each token after the next (model.predict_tokens)."""
     mask_rate: float = key(0.15, above(0), between(0, 1))
     """Share of a sample's tokens that masked hides; of these 80 % become the mask token, 10 % another token, 10 % stay."""
     whole_words: bool = key(True)

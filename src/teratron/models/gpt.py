@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from teratron.config import ModelConfig
 from teratron.models.blocks import Block, Head, TokenEmbedding
+from teratron.models.multi_token import TRUNK, MultiTokenHead, TrunkBlock
 from teratron.models.plan import EMBEDDING, HEAD, Plan, block_plan, under
 from teratron.models.units import Cache, Model, State
 
@@ -15,16 +16,29 @@ from teratron.models.units import Cache, Model, State
 class GPT(Model):
     """Units 0 (embedding), 1..layers (blocks), layers + 1 (head), or any range of them. Attention is causal."""
 
-    plan: ClassVar[Plan] = {**under("embedding", EMBEDDING), **block_plan("blocks.*"), **under("head", HEAD)}
+    plan: ClassVar[Plan] = {
+        **under("embedding", EMBEDDING),
+        **block_plan("blocks.*"),
+        **under("head", HEAD),
+        **block_plan("head.ahead.*"),
+    }
 
     def __init__(self, config: ModelConfig, units: range | None = None) -> None:
         super().__init__(config)
         units = units if units is not None else range(config.layers + 2)
         self.embedding = TokenEmbedding(config) if 0 in units else None
         layers = [n - 1 for n in units if 1 <= n <= config.layers]
-        self.blocks = nn.ModuleDict({str(n): Block(config, n, f"blocks.{n}") for n in layers})
+        ahead, last = config.predict_tokens > 1, config.layers - 1
+        kinds = {n: TrunkBlock if ahead and n == last else Block for n in layers}
+        self.blocks = nn.ModuleDict({str(n): kind(config, n, f"blocks.{n}") for n, kind in kinds.items()})
         shared = self.embedding.tokens.weight if self.embedding is not None and config.tie_embeddings else None
-        self.head = Head(config, "embedding.tokens.weight", shared) if config.layers + 1 in units else None
+        head = MultiTokenHead if ahead else Head
+        self.head = head(config, "embedding.tokens.weight", shared) if config.layers + 1 in units else None
+
+    @classmethod
+    def carried(cls, config: ModelConfig, unit: int) -> dict[str, str]:
+        trunk = {TRUNK: ""} if config.predict_tokens > 1 and unit == config.layers + 1 else {}
+        return super().carried(config, unit) | trunk
 
     def units(self) -> list[nn.Module]:
         return [unit for unit in (self.embedding, *self.blocks.values(), self.head) if unit is not None]

@@ -101,7 +101,9 @@ def flops_per_token(model: Model, seq_length: int) -> float:
     used = [p for p in parts_of(model) if p.parameter in whole]
     weights = sum(torch.Size(p.shape).numel() for p in used if len(p.shape) == 2)
     weights += config.experts_per_token * sum(torch.Size(p.shape[1:]).numel() for p in used if len(p.shape) == 3)
-    weights += config.vocab_size * config.hidden if config.tie_embeddings else 0
-    patterns = [FULL if config.attends_everywhere(layer) else pattern_of(config) for layer in range(config.layers)]
+    projections = config.predict_tokens - (not config.tie_embeddings)  # an untied one is already among the parts
+    weights += projections * config.vocab_size * config.hidden
+    layers = [*range(config.layers), *[config.layers - 1] * (config.predict_tokens - 1)]
+    patterns = [FULL if config.attends_everywhere(layer) else pattern_of(config) for layer in layers]
     seen = sum(keys_seen(pattern, model.streams[""], seq_length) for pattern in patterns)
     return 6.0 * weights + 12.0 * config.heads * config.head_features * seen

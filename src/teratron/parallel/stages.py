@@ -79,7 +79,8 @@ def split_units(config: ModelConfig, parallel: ParallelConfig, stages: int) -> l
     if parallel.split:
         return parse_split(parallel.split, units - 2, stages)
     layer = 4 * config.hidden**2 + (3 if config.gated else 2) * config.hidden * config.ffn_width
-    return split_layers(units - 2, stages, 0.0, config.vocab_size * config.hidden / layer)
+    heads, projection = config.predict_tokens, config.vocab_size * config.hidden / layer
+    return split_layers(units - 2, stages, 0.0, heads * projection + heads - 1)
 
 
 def _share_table(models: list[Model]) -> None:

@@ -43,7 +43,8 @@ class Engine:
         check_batch(config, mesh.data.size)
         self.config, self.mesh, self.device = config, mesh, torch.device(device)
         self.objective = objective or build_objective(config)
-        self.scorer = objective or build_objective(config.override({"objective.label_smoothing": 0.0, "objective.contrastive": 0.0}))
+        plain = {"objective.label_smoothing": 0.0, "objective.contrastive": 0.0, "model.predict_tokens": 1, "objective.ahead_weight": 1.0}
+        self.scorer = objective or build_objective(config.override(plain))
         self.stages = cut_stages(config.model, mesh, config.parallel, DTYPES[config.train.precision])
         self.later = Deferral()
         if config.parallel.schedule in SPLIT and mesh.group("pipeline").size > 1:
