@@ -61,7 +61,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        check_fit(self.objective.name, self.model.family)
+        check_fit(self)
         self._check_precision()
         self._check_mup()
         if self.model.global_tokens and self.data.isolate_documents:

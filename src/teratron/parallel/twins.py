@@ -79,22 +79,38 @@ class SequenceDropout(Dropout):
 class VocabularyHead(LanguageHead):
     """Holds some rows of the output projection; softmax sums are joined over the ranks, logits never are in training."""
 
-    def __init__(self, leaf: LanguageHead, held: Part, group: Group, sequence: bool, shared: nn.Parameter | None) -> None:
-        super().__init__(leaf.weight.shape[1], most_rows(held, group), leaf.multiple, leaf.std, shared, leaf.name)
-        self.pieces, self.group, self.sequence = [held] if shared is None else [], group, sequence
+    def __init__(
+        self, leaf: LanguageHead, held: Part, pieces: list[Part], group: Group, sequence: bool, shared: nn.Parameter | None
+    ) -> None:
+        """held: the rows of the vocabulary; pieces: of the leaf's own parts."""
+        width, bias = leaf.weight.shape[1], leaf.bias is not None
+        super().__init__(width, most_rows(held, group), leaf.multiple, leaf.std, shared, leaf.name, bias)
+        self.pieces, self.group, self.sequence = pieces, group, sequence
         self.vocabulary = Vocabulary(held.shape[0], held.offset[0], held.size[0], _in_place(group.sum), _in_place(group.max))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [B, S, V] over the whole vocabulary, joined from all ranks: for generation, without gradients."""
         with torch.no_grad():
-            mine = F.linear(enter(hidden, self.group, self.sequence), self.weight)
+            mine = F.linear(enter(hidden, self.group, self.sequence), self.weight, self.bias)
             everyone = mine.new_empty(self.group.size, *mine.shape)
             self.group.gather(everyone, mine.contiguous()).wait()
         total, ranks = self.vocabulary.total, self.group.size
         return torch.cat([everyone[rank][..., : len(even_share(total, ranks, rank))] for rank in range(ranks)], dim=-1)
 
-    def loss_sum(self, hidden: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
-        return super().loss_sum(enter(hidden, self.group, self.sequence), targets, weights, smoothing)
+    def loss_sum(self, hidden: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0, most: int = 0) -> Tensor:
+        return super().loss_sum(enter(hidden, self.group, self.sequence), targets, weights, smoothing, most)
+
+
+class SequenceHead(LanguageHead):
+    """Has all classes, for this rank's share of the sequence."""
+
+    def __init__(self, leaf: LanguageHead, pieces: list[Part], group: Group) -> None:
+        super().__init__(leaf.weight.shape[1], leaf.vocabulary.total, leaf.multiple, leaf.std, bias=leaf.bias is not None)
+        self.pieces, self.group = pieces, group
+
+    def loss_sum(self, hidden: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0, most: int = 0) -> Tensor:
+        mine = super().loss_sum(hidden, share_of(targets, self.group), share_of(weights, self.group), smoothing, most)
+        return leave(mine, self.group, False)
 
 
 def even_share(total: int, ranks: int, rank: int) -> range:

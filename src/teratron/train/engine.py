@@ -13,7 +13,6 @@ from teratron.config import Config, UserError
 from teratron.models import Model, State, with_dropout
 from teratron.models.encoder_decoder import both_segments
 from teratron.models.float8 import use_float8
-from teratron.models.float8 import use_float8
 from teratron.models.moe import balance
 from teratron.objectives import Batch, Objective, Tally, Term, build_objective, layer_counts, layer_loads, layer_terms, total_loss
 from teratron.objectives.layers import LAYER_TERMS
@@ -49,9 +48,6 @@ class Engine:
         self.later = Deferral()
         if config.parallel.schedule in SPLIT and mesh.group("pipeline").size > 1:
             defer(self.stages, self.later)
-        if config.train.precision == "fp8":
-            models = list(self.stages.stages().values())
-            use_float8(models, config.train.fp8_scaling, config.train.fp8_except, self.device)
         if config.train.precision == "fp8":
             models = list(self.stages.stages().values())
             use_float8(models, config.train.fp8_scaling, config.train.fp8_except, self.device)
