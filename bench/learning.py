@@ -28,7 +28,7 @@ from teratron.objectives import Batch
 from teratron.parallel.mesh import Mesh
 from teratron.train.engine import Engine
 
-BATCH = 16
+BATCH = 8
 """Sequences of 64 characters in a step of the rows whose batch is not larger."""
 EVALUATIONS = 20
 """Over a run, on the same held-out batches each."""
@@ -45,7 +45,7 @@ class Row:
 
 
 ROWS = {
-    "adamw": Row({"optim.name": "adamw"}, (1e-3, 2e-3, 4e-3)),
+    "adamw": Row({"optim.name": "adamw"}, (2e-3, 4e-3, 8e-3)),
     "lion": Row({"optim.name": "lion", "optim.weight_decay": 1.0}, (2e-4, 4e-4, 8e-4)),
     "muon": Row({"optim.name": "muon", "optim.adam_lr": 4e-3}, (2e-3, 5e-3, 1e-2)),
     "lamb": Row({"optim.name": "lamb"}, (3e-3, 1e-2, 3e-2)),

@@ -119,7 +119,7 @@ def ours(shape: ModelConfig, device: torch.device, name: Any) -> Callable[[], Ru
     return build
 
 
-def torch_adamw(shape: ModelConfig, device: torch.device, **options: bool) -> Callable[[], Run]:
+def torch_adamw(shape: ModelConfig, device: torch.device, **options: Any) -> Callable[[], Run]:
     def build() -> Run:
         return torch.optim.AdamW(filled(shape, device, gradients=True).parameters(), **options).step
 
