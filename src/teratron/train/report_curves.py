@@ -116,8 +116,8 @@ def _small_charts(config: dict[str, Any], history: History) -> list[str]:
     ]
     noise = history.of_kind("noise")
     if noise:
-        steps = [step_of(event) for event in noise]
-        scales = [Series(name.replace("_", " "), steps, [number(event.get(name)) for event in noise]) for name in NOISE]
+        measured = [step_of(event) for event in noise]
+        scales = [Series(name.replace("_", " "), measured, [number(event.get(name)) for event in noise]) for name in NOISE]
         scales[1] = replace(scales[1], hue=2)
         charts.append(chart(scales, title="Noise scale", y_label="sequences", log_y=True))
     return charts
