@@ -165,7 +165,8 @@ def test_twenty_steps_equal_the_papers_formulas(name: str, rule: Rule, keys: dic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", dict.fromkeys(name for name, _, _ in CASES))
 def test_a_gradient_that_is_not_finite_changes_nothing(name: Any, dtype: torch.dtype) -> None:
-    optimizer = optimizer_of(made(dtype), OptimConfig(name=name, moments="bf16" if dtype == torch.bfloat16 else "fp32", schedule="constant"))
+    moments: Any = "bf16" if dtype == torch.bfloat16 else "fp32"
+    optimizer = optimizer_of(made(dtype), OptimConfig(name=name, moments=moments, schedule="constant"))
     learn(optimizer, 1, 1, 1e-3)
     before = {piece.name: piece.values.clone() for piece in optimizer.pieces()}
     optimizer.flat.stages.stages()[0].get_parameter("blocks.0.attention.qkv.weight").grad[3, 5] = math.nan  # type: ignore[index]
