@@ -41,6 +41,9 @@ RELATED = (
     "train.spike",
     "data.text",
     "data.valid",
+    "objective.name",
+    "objective.sentence",
+    "objective.mask_rate",
 )
 """Keys that are checked against another: a random config draws them together, or keeps their default."""
 

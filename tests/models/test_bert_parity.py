@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from teratron.checkpoint.huggingface import load_huggingface
 from teratron.config import Config
-from teratron.models import Model, build_model, load_parts, parameter_count, parts_of
+from teratron.models import Model, build_model, flops_per_token, load_parts, parameter_count, parts_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle: pip install transformers")
 
@@ -122,3 +123,11 @@ def test_presets_have_the_published_sizes(preset: str, name: str, settings: str,
     with torch.device("meta"):
         model = getattr(transformers, name)(getattr(transformers, settings)(**sizes))
     assert parameter_count(build_model(Config.preset(preset).model, device="meta")) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_predicted_tokens_cost_an_output_projection(tied: bool) -> None:
+    config = dataclasses.replace(Config.preset("bert-tiny").model, vocab_size=VOCAB, tie_embeddings=tied)
+    model = build_model(config, device="meta")
+    saved = flops_per_token(model, 64) - flops_per_token(model, 64, predicted=0.25)
+    assert saved == pytest.approx(6 * 0.75 * VOCAB * config.hidden, rel=1e-12)

@@ -29,6 +29,8 @@ class Needs:
     """Inputs of one raw row, which also holds the token after them; 0 = model.seq_length."""
     roles: tuple[str, ...] = ()
     """Tokens that the tokenizer must have (see `SPELLINGS`)."""
+    predicted: float = 1.0
+    """Share of a row's tokens that are predicted at most; no others cost an output projection."""
 
 
 @dataclass(frozen=True)

@@ -88,12 +88,13 @@ def parameter_count(model: nn.Module) -> int:
     return sum(torch.Size(part.shape).numel() for part in parts_of(model))
 
 
-def flops_per_token(model: Model, seq_length: int) -> float:
+def flops_per_token(model: Model, seq_length: int, predicted: float = 1.0) -> float:
     """Floating-point operations of one token's forward and backward pass.
 
     6 for each weight of a matrix product (the output projection included, the embedding look-up not; of stacked experts those
     that one token is sent to) and 12 for each feature of a key that a query sees; recomputation is never counted. Without a window
-    that is the causal half of the attention products, as Megatron-LM counts.
+    that is the causal half of the attention products, as Megatron-LM counts. predicted: the share of tokens that are predicted; no
+    others cost an output projection.
     """
     config = model.config
     tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
@@ -101,7 +102,7 @@ def flops_per_token(model: Model, seq_length: int) -> float:
     used = [p for p in parts_of(model) if p.parameter in whole]
     weights = sum(torch.Size(p.shape).numel() for p in used if len(p.shape) == 2)
     weights += config.experts_per_token * sum(torch.Size(p.shape[1:]).numel() for p in used if len(p.shape) == 3)
-    projections = config.predict_tokens - (not config.tie_embeddings)  # an untied one is already among the parts
+    projections = predicted * config.predict_tokens - (not config.tie_embeddings)  # an untied one is already among the parts
     weights += projections * config.vocab_size * config.hidden
     layers = [*range(config.layers), *[config.layers - 1] * (config.predict_tokens - 1)]
     patterns = [FULL if config.attends_everywhere(layer) else pattern_of(config) for layer in layers]

@@ -27,7 +27,8 @@ class Masked:
         self.isolate = config.data.isolate_documents
         self.masking = Masking(config.objective, self.seed)
         frame = 2 if self.sentence == "none" else 3
-        self.needs = Needs(self.length - frame, ("mask", "cls", "sep"))
+        predicted = self.masking.most(self.length) / self.length
+        self.needs = Needs(self.length - frame, ("mask", "cls", "sep"), predicted)
 
     def prepare(self, samples: Samples, index: np.ndarray, special: SpecialTokens) -> Batch:
         """Beside the usual: `token_types` [B, S] and, with a sentence objective, `sentence_targets` and `sentence_weights`, the

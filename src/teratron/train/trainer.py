@@ -393,7 +393,8 @@ class Trainer:
         precision, place = self.config.train.precision, describe(self.device)
         self.peak_flops = measure_peak(self.device, DTYPES[precision])
         whole = build_model(self.config.model, device="meta")
-        self.flops_per_token = flops_per_token(whole, self.config.model.seq_length)
+        predicted = self.engine.objective.needs.predicted
+        self.flops_per_token = flops_per_token(whole, self.config.model.seq_length, predicted)
         count = parameter_count(whole)
         versions = {"teratron": teratron.__version__, "torch": torch.__version__, "python": platform.python_version()}
         facts: dict[str, Any] = {"parameters": count, "vocab_size": self.data.special.vocab_size, "device": place, "precision": precision}
