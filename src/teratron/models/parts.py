@@ -100,7 +100,7 @@ def flops_per_token(model: Model, seq_length: int, predicted: float = 1.0) -> fl
     tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
     whole = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in tables}
     used = [p for p in parts_of(model) if p.parameter in whole]
-    weights = sum(torch.Size(p.shape).numel() for p in used if len(p.shape) == 2)
+    weights: float = sum(torch.Size(p.shape).numel() for p in used if len(p.shape) == 2)
     weights += config.experts_per_token * sum(torch.Size(p.shape[1:]).numel() for p in used if len(p.shape) == 3)
     projections = predicted * config.predict_tokens - (not config.tie_embeddings)  # an untied one is already among the parts
     weights += projections * config.vocab_size * config.hidden
