@@ -79,6 +79,7 @@ def measure(shape: ModelConfig, rounds: int, device: torch.device) -> dict[str, 
     fused, copy = torch_adamw(shape, device, fused=True)(), copying(parameter_count(build_model(shape, device="meta")), device)
     found = {}
     for name, contender in contenders(shape, device).items():
+        print(f"{name} ...", file=sys.stderr, flush=True)
         runs = (contender.build(), fused, copy)
         laps = timed(runs, rounds, device)
         own, ratio = median(lap[0] for lap in laps), median(lap[0] / lap[1] for lap in laps)
@@ -88,11 +89,11 @@ def measure(shape: ModelConfig, rounds: int, device: torch.device) -> dict[str, 
 
 
 def timed(runs: Sequence[Run], rounds: int, device: torch.device) -> list[list[float]]:
-    """Seconds of each run in each round, after one to warm up; fewer rounds where they would take longer than `PATIENCE`."""
+    """Seconds of each run in each round, after one to warm up; fewer, or only that one, where they would take longer than `PATIENCE`."""
     laps: list[list[float]] = []
-    while len(laps) <= rounds and (len(laps) < 2 or sum(map(sum, laps)) < PATIENCE):
+    while len(laps) <= rounds and sum(map(sum, laps)) < PATIENCE:
         laps.append([seconds(run, device) for run in runs])
-    return laps[1:]
+    return laps[1:] or laps
 
 
 def contenders(shape: ModelConfig, device: torch.device) -> dict[str, Contender]:
