@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teratron.config import Config
+from teratron.config import Config, UserError
 from teratron.config.batches import Batches, plan_batches
 
 
@@ -56,3 +56,25 @@ def test_sizes_in_tokens_are_those_in_sequences() -> None:
     assert tokens.batches.stages == sequences.batches.stages
     assert len(tokens.batches.stages) == 4
     assert tokens.largest_batch == 64
+
+
+def test_a_size_that_the_run_never_comes_to_is_told() -> None:
+    batches = plan_batches(12, 0, "0:4, 100:12", 8)
+    assert batches.unreached(100) == "the batch never grows to 12 sequences, which begin after step 100"
+    assert batches.unreached(101) == ""
+    assert plan_batches(12, 0, "", 8).unreached(1) == ""
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"train.batch_schedule": "16000 16384 1024000"},
+            r"'16000 16384 1024000': START = 16000 is not a multiple .* choose 15360 or 16384",
+        ),
+        ({"optim.warmup_steps": "9M tokens", "train.steps": 100}, r"9M tokens exceeds the 6,553,600 tokens of train\.steps = 100"),
+    ],
+)
+def test_what_tokens_cannot_be_is_refused(keys: dict[str, str | int], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Config().override({"train.batch_tokens": 64 * 1024, **keys})

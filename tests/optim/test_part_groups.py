@@ -44,6 +44,7 @@ def test_of_groups_that_match_the_same_part_later_ones_win() -> None:
     [
         ("blocks.*.atention.*: lr=2", "matches no part of the model: expected a pattern of names such as embedding.tokens.weight"),
         ("*.q.weight: frozen", "freezes blocks.0.attention.q.weight but not blocks.0.attention.k.weight, which lie in one matrix"),
+        ("*: frozen", "freezes every part, and nothing is left to learn"),
     ],
 )
 def test_groups_that_cannot_be_are_refused(line: str, said: str) -> None:

@@ -12,7 +12,7 @@ from tiny import KEYS, events, write_text
 from teratron.cli.main import main
 from teratron.config import Config, OptimConfig, UserError
 from teratron.optim import learning_rate
-from teratron.tasks.range_test import find, range_config, tell
+from teratron.tasks.range_test import find, range_config, range_test, tell
 
 RATES = [10 ** (-6 + 6 * i / 199) for i in range(200)]
 
@@ -72,6 +72,33 @@ def test_a_range_is_refused_where_it_has_no_beginning() -> None:
     for low, high in ((0.0, 1.0), (1.0, 1e-3)):
         with pytest.raises(UserError, match="expected two learning rates above 0, the lower one first"):
             range_config(Config(), low, high, 100)
+    with pytest.raises(UserError, match="--to inf: expected two learning rates"):
+        range_config(Config(), 1e-6, math.inf, 100)
+    with pytest.raises(UserError, match="--steps 1: expected at least 2"):
+        range_config(Config(), 1e-6, 1.0, 1)
+    with pytest.raises(UserError, match=r"optim\.name = schedule_free"):
+        range_config(Config(optim=OptimConfig(name="schedule_free", schedule="constant")), 1e-6, 1.0, 100)
+
+
+def test_the_schedule_of_the_config_gives_way() -> None:
+    own = OptimConfig(schedule="wsd", decay_shape="sqrt", decay_steps=10, warmup_steps=5)
+    assert range_config(Config(optim=own), 1e-6, 1.0, 100).optim.schedule == "range"
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    """Its old findings are not those of what is asked for now."""
+    config = range_config(Config(), 1e-6, 1.0, 100)
+    (tmp_path / "range.toml").write_text(config.to_toml())
+    for other, said in (
+        (range_config(Config(), 1e-6, 2.0, 100), r"holds a range test with --to = 1\.0, now 2\.0"),
+        (range_config(Config(), 1e-6, 1.0, 99), "with --steps = 100, now 99"),
+        (range_config(Config(optim=OptimConfig(name="lion")), 1e-6, 1.0, 100), r"with optim\.name = 'adamw', now 'lion'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            range_test(other, tmp_path, 1, "cpu", print)
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    with pytest.raises(UserError, match="holds a run: choose another folder for the test"):
+        range_test(config, tmp_path, 1, "cpu", print)
 
 
 def test_keys_that_the_test_sets_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

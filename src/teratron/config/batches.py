@@ -47,6 +47,11 @@ class Batches:
         stage = self.stages[bisect.bisect_right(self.stages, sequences, key=lambda stage: stage.before) - 1]
         return stage.start + (sequences - stage.before) / stage.size
 
+    def unreached(self, steps: int) -> str:
+        """In words, the size to which a run of so many steps never comes; empty = it comes to all."""
+        last = self.stages[-1]
+        return f"the batch never grows to {last.size:,} sequences, which begin after step {last.start:,}" if last.start >= steps else ""
+
     @property
     def sizes(self) -> list[int]:
         """All sizes, ascending."""
@@ -101,7 +106,8 @@ def _ramp(numbers: list[list[int]], global_batch: int, unit: int, schedule: str)
     """Megatron-LM's rule: after c sequences START + INCREMENT * floor(c / LENGTH * increments), that at the beginning of a step."""
     if len(numbers[0]) != 3 or min(numbers[0]) < 1:
         raise _wrong(schedule)
-    start, increment, length = (_sequences(number, unit, f"train.batch_schedule = {schedule!r}: {number}") for number in numbers[0])
+    named = zip(("START", "INCREMENT", "LENGTH"), numbers[0], strict=True)
+    start, increment, length = (_sequences(number, unit, f"train.batch_schedule = {schedule!r}: {name}") for name, number in named)
     if start >= global_batch or (global_batch - start) % increment:
         raise UserError(
             f"train.batch_schedule = {schedule!r} does not reach the global batch of {global_batch * unit} from {start * unit} in steps of "

@@ -92,7 +92,8 @@ class Config:
         warmup, decay = (parse_length(value, "") for value in (optim.warmup_steps, optim.decay_steps))
         risen = self.clock.after(warmup)
         if optim.schedule != "constant" and risen > self.clock.now(steps):
-            raise UserError(f"optim.warmup_steps = {optim.warmup_steps} exceeds train.steps = {steps}: lower the first")
+            run = f"the {self.clock.tokens(steps):,} tokens of train.steps" if warmup.unit == "tokens" else "train.steps"
+            raise UserError(f"optim.warmup_steps = {optim.warmup_steps} exceeds {run} = {steps}: lower the first")
         if optim.schedule in ("cosine", "linear") and decay.amount and self.clock.after(decay) < risen:
             raise UserError(
                 f"optim.decay_steps = {optim.decay_steps} ends before optim.warmup_steps = {optim.warmup_steps}: raise the first"

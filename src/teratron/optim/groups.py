@@ -47,6 +47,8 @@ def freeze(stages: Stages, config: OptimConfig) -> None:
         if not any(parse_group(text).matches(part.name) for part in everywhere):
             names = ", ".join(part.name for part in everywhere[:3])
             raise UserError(f"optim.groups: {text!r} matches no part of the model: expected a pattern of names such as {names}")
+    if all(treatment_of(part, config).frozen for part in everywhere):
+        raise UserError(f"optim.groups = {list(config.groups)} freezes every part, and nothing is left to learn: leave one out")
     parameters = dict(stages.named_parameters())
     for name, parts in _by_parameter(stages.parts()).items():
         frozen = [treatment_of(part, config).frozen for part in parts]

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from teratron.checkpoint.format import write_synced
-from teratron.config import Config, UserError
+from teratron.config import Config, UserError, frozen_changes
 from teratron.tasks.sweep_jobs import Job, Slot, arguments_of
 from teratron.train import charts
 from teratron.train.charts import Lane, Series, line_chart
 from teratron.train.history import Follower
 from teratron.train.interrupt import Interrupt
 from teratron.train.report_page import PAGE, STYLE
-from teratron.train.run import absolute_paths
+from teratron.train.run import absolute_paths, has_config, refuse_changes
 
 PERIOD = 0.2
 """Seconds between two looks at the run."""
@@ -24,8 +24,9 @@ REACH = 25
 """One part in so many of the steps is averaged over on each side."""
 LOST, RISEN = 0.5, 0.1
 """The loss diverges when it has lost this share of what it had gained, and has risen by this share of where it began."""
-SET = ("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps", "train.steps")
-"""Keys that the test itself sets."""
+OPTIONS = {"optim.min_lr": "--from", "optim.lr": "--to", "train.steps": "--steps"}
+SET = (*OPTIONS, "optim.schedule", "optim.warmup_steps", "optim.decay_shape")
+"""Keys that the test itself sets, some of them by options."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,22 @@ def _steepest(rates: Sequence[float], smooth: Sequence[float], best: int, reach:
 
 def range_config(config: Config, low: float, high: float, steps: int) -> Config:
     """The config of the run. Raises `UserError` for a range that is none."""
-    if not 0 < low < high:
+    if not 0 < low < high < math.inf:
         raise UserError(f"--from {low:g} --to {high:g}: expected two learning rates above 0, the lower one first")
-    keys = dict(zip(SET, (high, low, "range", 0, steps), strict=True))
+    if steps < 2:
+        raise UserError(f"--steps {steps}: expected at least 2, such as 200")
+    if config.optim.name == "schedule_free":
+        raise UserError("optim.name = schedule_free averages weights at one learning rate, and a range test raises it: take adamw's range")
+    keys = dict(zip(SET, (low, high, steps, "range", 0, "linear"), strict=True))
     short = {"train.eval_every": 0, "train.eval_batches": 1, "checkpoint.every": 0, "train.spike_zscore": 0.0}
     return absolute_paths(config).override(keys | short)
 
 
 def range_test(config: Config, folder: Path, nproc: int, device: str, say: Callable[[str], None]) -> tuple[Finding, int]:
     """Make the run in FOLDER/run, or go on with it, until it diverges or ends; also returns the exit code of a signal, or 0."""
-    folder.mkdir(parents=True, exist_ok=True)
     base, run, steps = folder.resolve() / "range.toml", folder.resolve() / "run", config.train.steps
+    _check_folder(folder, base, config)
+    folder.mkdir(parents=True, exist_ok=True)
     follower, code = Follower(run / "metrics.jsonl"), 0
     if not _over(_found(follower, steps), steps):
         write_synced(base, config.to_toml().encode())
@@ -111,6 +117,18 @@ def range_test(config: Config, folder: Path, nproc: int, device: str, say: Calla
     found = _found(follower, steps)
     _write_page(folder, found)
     return found, code
+
+
+def _check_folder(folder: Path, base: Path, config: Config) -> None:
+    """Raise `UserError` for a folder of something else, or of a test with other keys; base: the config that it was begun with."""
+    if has_config(folder):
+        raise UserError(f"--run {folder}: holds a run: choose another folder for the test")
+    if base.is_file():
+        old = Config.load(base)
+        changes = frozen_changes(old, config)
+        if old.train.steps != config.train.steps:
+            changes.append(("train.steps", old.train.steps, config.train.steps))
+        refuse_changes(folder, "range test", [(OPTIONS.get(name, name), then, now) for name, then, now in changes])
 
 
 def _follow(job: Job, follower: Follower, steps: int, interrupt: Interrupt, say: Callable[[str], None]) -> None:

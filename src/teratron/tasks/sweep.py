@@ -20,7 +20,7 @@ from teratron.tasks.sweep_page import write_page
 from teratron.tasks.sweep_space import Point, check_points, describe, grid_points, parse_dimension, random_points, rungs
 from teratron.train.commands import program
 from teratron.train.interrupt import Interrupt
-from teratron.train.run import absolute_paths, lock
+from teratron.train.run import absolute_paths, lock, refuse_changes
 
 PERIOD = 0.2
 """Seconds between two looks at the processes."""
@@ -94,9 +94,7 @@ class Sweep:
         keys = dict(Config.load(self.folder / "base.toml").items())
         changes = [(f"--{name}", then.get(name), value) for name, value in now.items() if then.get(name) != value]
         changes += [(name, keys[name], value) for name, value in base.items() if keys[name] != value]
-        if changes:
-            name, old, new = changes[0]
-            raise UserError(f"--run {self.folder} holds a sweep with {name} = {old!r}, now {new!r}: use that, or another --run folder")
+        refuse_changes(self.folder, "sweep", changes)
 
     def run(self, say: Callable[[str], None], show: Callable[[], None]) -> int:
         """Train all trials; returns 0, or the exit code of a signal. show: draws the state of things, often called."""

@@ -62,7 +62,9 @@ def course_text(config: Config, width: int = 60) -> str:
     for one in course(config, ROWS + 1):
         lines.append(f"{one.step:>10,}  {compact(one.tokens):>10}  {one.batch:>8,}  {one.lr:>13.4g}  {one.weight_decay:>12.4g}")
     samples, tokens = config.batches.until(config.train.steps), config.clock.tokens(config.train.steps)
-    return "\n".join([*lines, "", f"in all {config.train.steps:,} steps, {samples:,} sequences, {tokens:,} tokens"]) + "\n"
+    lines += ["", f"in all {config.train.steps:,} steps, {samples:,} sequences, {tokens:,} tokens"]
+    unreached = config.batches.unreached(config.train.steps)
+    return "\n".join([*lines, unreached] if unreached else lines) + "\n"
 
 
 def _blocks(values: Sequence[float]) -> str:

@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -99,15 +99,18 @@ def continue_config(run: Path, config: Config, say: Callable[[str], None]) -> Co
     saved = run_config(run)
     if config.model.vocab_size == 0:
         config = config.override({"model.vocab_size": saved.model.vocab_size})
-    changes = frozen_changes(saved, config)
+    refuse_changes(run, "run", frozen_changes(saved, config), "use that value, another --run folder, or --fork NEWDIR to branch off")
+    return config
+
+
+def refuse_changes(
+    folder: Path, what: str, changes: Sequence[tuple[str, Any, Any]], instead: str = "use that value, or another --run folder"
+) -> None:
+    """Raise `UserError` if a folder holds something begun otherwise. changes: (name, value then, value now)."""
     if changes:
         name, old, new = changes[0]
         more = f" (and {len(changes) - 1} more keys)" if len(changes) > 1 else ""
-        raise UserError(
-            f"--run {run} holds a run with {name} = {old!r}, now {new!r}{more}: "
-            "use that value, another --run folder, or --fork NEWDIR to branch off"
-        )
-    return config
+        raise UserError(f"--run {folder} holds a {what} with {name} = {old!r}, now {new!r}{more}: {instead}")
 
 
 def write_config(run: Path, config: Config) -> None:

@@ -410,6 +410,9 @@ class Trainer:
             f"{count:,} parameters in {precision} on {place}, matrix products up to {self.peak_flops / 1e9:,.0f} GFLOP/s; "
             f"{self.data.train_tokens:,} training and {self.data.valid_tokens:,} held-out tokens"
         )
+        unreached = self.config.batches.unreached(self.config.train.steps)
+        if unreached:
+            self.console.say(unreached)
         if self.state.step:
             self.console.say(f"continuing {self.run} from step {self.state.step}")
 
