@@ -44,6 +44,7 @@ RELATED = (
     "objective.name",
     "objective.sentence",
     "objective.mask_rate",
+    "objective.ahead_weight",
 )
 """Keys that are checked against another: a random config draws them together, or keeps their default."""
 

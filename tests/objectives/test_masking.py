@@ -191,7 +191,7 @@ def test_a_tokenizer_without_a_mask_token_is_refused() -> None:
     ("keys", "message"),
     [
         ({"objective.name": "masked"}, r"does not fit model\.family = gpt: choose model\.family encoder, or objective\.name next_token"),
-        ({"model.family": "encoder"}, r"choose model\.family gpt, or objective\.name masked"),
+        ({"model.family": "encoder"}, r"choose model\.family gpt or xlnet, or objective\.name masked"),
         ({"objective.sentence": "next"}, r"goes with objective\.name = masked"),
         ({"model.family": "encoder", "objective.name": "masked", "objective.sentence": "next"}, r"set --model\.pooler"),
         ({"model.family": "encoder", "objective.name": "masked", "data.mask_end_of_document": True}, r"leave it out"),

@@ -32,15 +32,21 @@ LLAMA = dataclasses.replace(
 )
 MIXTURE = dataclasses.replace(LLAMA, experts=4, experts_per_token=2, shared_experts=1)
 BERT = dataclasses.replace(GPT2, norm_place="post", token_types=2, embedding_norm=True, head_transform=True, pooler=True)
+XLNET: dict[str, Any] = {
+    **{"position": "transformer_xl", "kv_heads": 0, "qk_norm": False, "token_types": 0, "pooler": False},
+    **{"experts": 0, "shared_experts": 0},
+}
+"""What a style lacks in that family, and has instead."""
 UNCUT = {GPT2: {"positions"}, LLAMA: set(), BERT: {"positions", "types", "transform", "pooler", "sentence"}}
 """Matrices of each style that are small beside those of a block, and lie on every rank."""
+SMALL = ("embedding.positions.weight", "bridge.embedding.positions.weight", "embedding.query.weight")
 STYLES = pytest.mark.parametrize("style", [GPT2, LLAMA, BERT], ids=["gpt2", "llama", "bert"])
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 QUICK = settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def config_of(style: ModelConfig, family: str) -> ModelConfig:
-    return dataclasses.replace(style, family=family)
+    return dataclasses.replace(style, family=family, **(XLNET if family == "xlnet" else {}))
 
 
 def leaves_of(model: nn.Module) -> list[str]:
@@ -63,7 +69,8 @@ def test_every_leaf_has_exactly_one_row(style: ModelConfig, family: str) -> None
 @FAMILY
 def test_every_row_is_some_leafs(family: str) -> None:
     """In one of the styles; an attention to the memory has q and kv instead of qkv, and no norms of heads."""
-    paths = {path for style in (GPT2, LLAMA, MIXTURE, BERT) for path in leaves_of(build_model(config_of(style, family), device="meta"))}
+    styles = [dataclasses.replace(style, predict_tokens=2) for style in (GPT2, LLAMA, MIXTURE, BERT)]
+    paths = {path for style in styles for path in leaves_of(build_model(config_of(style, family), device="meta"))}
     plan = FAMILIES[family].plan
     unused = {pattern for pattern in plan if not any(alike(pattern, path) for path in paths)}
     self_only, cross_only = {"qkv", "q_norm", "k_norm"}, {"q", "kv"}
@@ -88,7 +95,8 @@ def test_every_matrix_is_cut_but_the_small_ones(style: ModelConfig, family: str)
     model = build_model(config_of(style, family), device="meta")
     leaves = [(path, module) for path, module in model.named_modules() if isinstance(module, Leaf)]
     kept = [path for path, leaf in leaves for part in leaf.parts() if len(part.shape) == 2 and not find_cut(model.plan, path).tensor]
-    assert {path.rpartition(".")[2] for path in kept} == UNCUT[style]
+    small = UNCUT[style] - {"positions", "types", "pooler", "sentence"} | {"query"} if family == "xlnet" else UNCUT[style]
+    assert {path.rpartition(".")[2] for path in kept} == small
 
 
 # One part
@@ -240,8 +248,9 @@ def test_a_rank_holds_its_share_and_the_twins_stand_in_the_leaves_places(
     config = config_of(dataclasses.replace(GPT2, vocab_size=16), family)
     whole, model = build_model(config, device="meta"), cut_model(config, place(monkeypatch, 1, tensor=4), sequence)
     assert leaves_of(model) == leaves_of(whole)
-    matrices = [p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "positions" not in name]
-    everything = [p.numel() for name, p in whole.named_parameters() if p.dim() == 2 and "positions" not in name]
+    matrices, everything = (
+        [p.numel() for name, p in any_of.named_parameters() if p.dim() == 2 and name not in SMALL] for any_of in (model, whole)
+    )
     assert [4 * count for count in matrices] == everything
     kinds = {type(module) for module in model.modules()}
     assert {ColumnLinear, RowLinear, VocabularyEmbedding, VocabularyHead} <= kinds

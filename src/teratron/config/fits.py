@@ -9,7 +9,7 @@ from teratron.config.errors import UserError
 if TYPE_CHECKING:
     from teratron.config.config import Config
 
-FITS = {"next_token": ("gpt",), "masked": ("encoder",)}
+FITS = {"next_token": ("gpt", "xlnet"), "masked": ("encoder",), "permuted": ("xlnet",)}
 """The families that each objective fits."""
 
 
@@ -21,8 +21,35 @@ def check_fit(config: Config) -> None:
         instead = f", or objective.name {' or '.join(others)}" if others else ""
         choose = f"choose model.family {' or '.join(FITS[objective])}{instead}"
         raise UserError(f"objective.name = {objective} does not fit model.family = {family}: {choose}")
+    if objective != "next_token":
+        _check_other_sides(config)
     if objective == "masked":
         _check_masked(config)
+    _check_stretches(config)
+
+
+def _check_other_sides(config: Config) -> None:
+    """What goes with next-token prediction alone."""
+    name = config.objective.name
+    if config.objective.contrastive:
+        raise UserError(
+            f"objective.contrastive = {config.objective.contrastive} goes with objective.name = next_token, not {name}: leave it out"
+        )
+    if config.data.mask_end_of_document:
+        raise UserError(f"data.mask_end_of_document concerns objective.name = next_token; {name} never predicts that token: leave it out")
+
+
+def _check_stretches(config: Config) -> None:
+    """Where ranks share sequences, no stretch, nor what is predicted of it, may need padding."""
+    stretch, ranks, permuted = config.model.recurrence, config.parallel.tensor, config.objective.name == "permuted"
+    predicted = config.objective.most_predicted(stretch) if permuted else 0
+    if stretch and config.parallel.sequence and (stretch % ranks or predicted % ranks):
+        more = f", or the {predicted} tokens of each that are predicted" if permuted else ""
+        keys = "model.recurrence and objective.mask_rate" if permuted else "model.recurrence"
+        raise UserError(
+            f"parallel.sequence with parallel.tensor = {ranks} does not divide stretches of model.recurrence = {stretch} tokens{more}: "
+            f"choose {keys} that give multiples of {ranks}, or leave parallel.sequence out"
+        )
 
 
 def _check_masked(config: Config) -> None:
@@ -36,12 +63,6 @@ def _check_masked(config: Config) -> None:
         raise UserError(f"objective.sentence = {sentence} has two kinds of segments, model.token_types is 1: choose 2, or 0 for none")
     if model.seq_length < 8:
         raise UserError(f"model.seq_length = {model.seq_length} is too short for objective.name = masked: choose at least 8")
-    if config.objective.contrastive:
-        raise UserError(
-            f"objective.contrastive = {config.objective.contrastive} goes with objective.name = next_token, not masked: leave it out"
-        )
-    if data.mask_end_of_document:
-        raise UserError("data.mask_end_of_document concerns objective.name = next_token; masked never predicts that token: leave it out")
     if data.isolate_documents and sentence != "none":
         raise UserError(
             f"data.isolate_documents with objective.sentence = {sentence}, whose samples are of one document anyway: leave the first out"

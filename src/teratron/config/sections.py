@@ -18,8 +18,9 @@ class ModelConfig(Section):
 
     section: ClassVar[str] = "model"
 
-    family: Literal["gpt", "encoder", "encoder_decoder"] = key("gpt")
-    """Model family: gpt = decoder only; encoder (BERT, RoBERTa); encoder_decoder (T5) is built from Python."""
+    family: Literal["gpt", "encoder", "encoder_decoder", "xlnet"] = key("gpt")
+    """Model family: gpt = decoder only; encoder (BERT, RoBERTa); xlnet (XLNet, Transformer-XL); encoder_decoder (T5) is built from
+    Python."""
     layers: int = key(12, at_least(1))
     """Transformer blocks."""
     hidden: int = key(768, at_least(1))
@@ -48,8 +49,8 @@ class ModelConfig(Section):
     """Added to the variance inside a norm."""
     activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] = key("gelu")
     """Feed-forward activation; swiglu and geglu add a gate projection."""
-    position: Literal["learned", "rope", "none"] = key("learned")
-    """How positions enter: a learned table, rotary embedding (halves rotated), or not at all."""
+    position: Literal["learned", "rope", "transformer_xl", "none"] = key("learned")
+    """How positions enter: a learned table, rotary embedding (halves rotated), sinusoids of distances (xlnet), or not at all."""
     position_offset: int = key(0, at_least(0))
     """Number of the first row of the learned table that is used, which has so many rows more (RoBERTa: 2)."""
     token_types: int = key(0, at_least(0))
@@ -80,6 +81,9 @@ class ModelConfig(Section):
     """The first so many tokens of a sample are seen from anywhere, attention sinks (Xiao et al. 2024), and in encoders see all."""
     global_every: int = key(0, at_least(0))
     """Every so many-th layer attends over all tokens, the others over the window (Gemma 2 and 3, GPT-OSS); 0 = none does."""
+    recurrence: int = key(0, at_least(0))
+    """Tokens of one stretch of a sample: attention sees its own stretch and, without gradient, the one before (Dai et al. 2019); xlnet
+    only; 0 = the whole sample is one."""
     bias: bool = key(True)
     """Biases in linear layers and LayerNorm."""
     qk_norm: bool = key(False)
@@ -156,6 +160,7 @@ class ModelConfig(Section):
         if self.mup_base_head and not self.mup_base:
             raise UserError(f"model.mup_base_head = {self.mup_base_head} without model.mup_base: set both, or leave it out")
         self._check_pattern()
+        self._check_distances()
         self._check_experts()
 
     def _check_pattern(self) -> None:
@@ -192,6 +197,23 @@ class ModelConfig(Section):
                 f"model.global_every = {self.global_every} makes none of model.layers = {self.layers} attend over all tokens: "
                 "lower it, or leave it out"
             )
+
+    def _check_distances(self) -> None:
+        """What belongs to attention by distances, and what it has not."""
+        xlnet = self.family == "xlnet"
+        if xlnet != (self.position == "transformer_xl"):
+            choose = "--model.position transformer_xl" if xlnet else "--model.family xlnet, or another position"
+            raise UserError(f"model.position = {self.position} does not fit model.family = {self.family}: choose {choose}")
+        if self.recurrence and (not xlnet or self.seq_length % self.recurrence):
+            wrong = f"does not divide model.seq_length = {self.seq_length}" if xlnet else f"does not fit model.family = {self.family}"
+            choose = "choose a divisor" if xlnet else "choose xlnet, or model.window for a long reach"
+            raise UserError(f"model.recurrence = {self.recurrence} {wrong}: {choose}, or leave it out")
+        if xlnet and self.hidden % 2:
+            raise UserError(f"model.hidden = {self.hidden} is odd: sinusoids of distances need an even number of features")
+        absent = ("kv_heads", "window", "qk_norm", "experts", "mup_base", "token_types", "pooler")
+        for name in absent if xlnet else ():
+            if getattr(self, name):
+                raise UserError(f"model.{name} = {str(getattr(self, name)).lower()} does not go with model.family = xlnet: leave it out")
 
     def _check_experts(self) -> None:
         wanted = {name: getattr(self, name) for name in ("expert_ffn", "shared_experts", "moe_first_dense", "z_loss", "capacity")}
@@ -242,6 +264,11 @@ class ModelConfig(Section):
     @property
     def expert_width(self) -> int:
         return self.expert_ffn or self.ffn_width
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the output projection has a bias."""
+        return self.bias and (self.head_transform or self.family == "xlnet")
 
     @property
     def key_value_heads(self) -> int:
@@ -308,8 +335,9 @@ class ObjectiveConfig(Section):
 
     section: ClassVar[str] = "objective"
 
-    name: Literal["next_token", "masked"] = key("next_token")
-    """next_token = predict each token from those before it; masked = predict hidden tokens from both sides (encoder)."""
+    name: Literal["next_token", "masked", "permuted"] = key("next_token")
+    """next_token = predict each token from those before it (gpt, xlnet); masked = predict hidden tokens from both sides (encoder);
+    permuted = predict tokens in a random order, each from the given ones and those before it in that order (xlnet)."""
     label_smoothing: float = key(0.0, between(0, 1))
     """Share of the target's probability that is spread over the whole vocabulary in training (evaluation never smooths)."""
     contrastive: float = key(0.0, at_least(0))
@@ -319,7 +347,8 @@ class ObjectiveConfig(Section):
     ahead_weight: float = key(1.0, above(0))
     """Weight of the loss of each token after the next (model.predict_tokens)."""
     mask_rate: float = key(0.15, above(0), between(0, 1))
-    """Share of a sample's tokens that masked hides; of these 80 % become the mask token, 10 % another token, 10 % stay."""
+    """Share of a sample's tokens that masked hides, of which 80 % become the mask token, 10 % another token, 10 % stay; or that permuted
+    predicts (XLNet: 1 / 6)."""
     whole_words: bool = key(True)
     """Hide whole words, not single pieces of them."""
     max_ngram: int = key(1, at_least(1))
@@ -328,6 +357,10 @@ class ObjectiveConfig(Section):
     """How likely a run of n words is: as 1 / n (ALBERT, Megatron-LM), or as 0.8^n (SpanBERT)."""
     sentence: Literal["none", "next", "order"] = key("none")
     """What masked learns beside: nothing, whether the second of two segments follows the first (BERT), or their order (ALBERT)."""
+
+    def most_predicted(self, tokens: int) -> int:
+        """How many of so many tokens masked or permuted predicts at most."""
+        return max(1, math.ceil(self.mask_rate * tokens))
 
     def check(self) -> None:
         if self.sentence != "none" and self.name != "masked":

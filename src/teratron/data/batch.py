@@ -37,6 +37,19 @@ def make_batch(
     return batch
 
 
+def coordinates(tokens: np.ndarray, real: np.ndarray, eod: int | None, isolate_documents: bool) -> dict[str, np.ndarray]:
+    """`positions` [B, S] of whole samples, and `segments` where documents are isolated or there is padding, of which they are -1.
+
+    tokens, real [B, S]: ids, and False at padding. Raises `UserError` when an end-of-document token is needed and there is none.
+    """
+    places = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
+    if not isolate_documents:
+        return {"positions": places} if real.all() else {"positions": places, "segments": real.astype(np.int64) - 1}
+    check_eod(eod, "isolate_documents")
+    positions, segments = document_places(tokens == eod)
+    return {"positions": positions, "segments": np.where(real, segments, -1)}
+
+
 def check_eod(eod: int | None, key: str) -> None:
     """Raise `UserError` where a key of `data` needs an end-of-document token and there is none."""
     if eod is None:

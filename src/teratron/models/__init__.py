@@ -10,6 +10,7 @@ from teratron.models.gpt import GPT, Encoder
 from teratron.models.leaves import Part
 from teratron.models.parts import flops_per_token, initial_values, initialise, load_parts, parameter_count, parts_of
 from teratron.models.units import Model, State, with_dropout
+from teratron.models.xlnet import XLNet
 
 __all__ = [
     "GPT",
@@ -18,6 +19,7 @@ __all__ = [
     "Model",
     "Part",
     "State",
+    "XLNet",
     "build_model",
     "flops_per_token",
     "initial_values",
@@ -28,7 +30,12 @@ __all__ = [
     "with_dropout",
 ]
 
-FAMILIES: dict[str, type[GPT] | type[EncoderDecoder]] = {"gpt": GPT, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
+FAMILIES: dict[str, type[GPT] | type[EncoderDecoder] | type[XLNet]] = {
+    "gpt": GPT,
+    "encoder": Encoder,
+    "encoder_decoder": EncoderDecoder,
+    "xlnet": XLNet,
+}
 
 
 def build_model(

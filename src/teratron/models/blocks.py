@@ -158,7 +158,7 @@ class Head(nn.Module):
         if self.pools:
             self.pooler = Linear(width, width, config.bias, config.matrix_std)
             self.sentence = LanguageHead(width, 2, 1, config.init_std, bias=config.bias)
-        name, bias = f"/{tied_to}" if config.tie_embeddings else ".weight", self.transforms and config.bias
+        name, bias = f"/{tied_to}" if config.tie_embeddings else ".weight", config.output_bias
         self.output = LanguageHead(width, config.vocab_size, config.vocab_multiple, config.init_std, shared_weight, name, bias)
         self.contrast = TokenContrast()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import ClassVar
 
@@ -81,7 +82,7 @@ class EncoderDecoder(Model):
         return [unit for unit in every if unit is not None]
 
     def forward(self, state: State, mask: Tensor | None = None, cache: Cache | None = None) -> State:
-        state = both_segments(state)
+        state = both_segments(state, self.streams)
         reading = self.shared(state, "encoder_", None)
         writing = self.shared(state, "", mask, cache)
         writing = replace(writing, memory_sight=_memory_sight(writing.sight, reading.sight))
@@ -92,13 +93,13 @@ class EncoderDecoder(Model):
         return state
 
 
-def both_segments(tensors: State) -> State:
-    """With documents in one of the streams, the other is one document, the first."""
-    found = [stream for stream in ("", "encoder_") if f"{stream}segments" in tensors]
-    if len(found) != 1:
+def both_segments(tensors: State, streams: Iterable[str]) -> State:
+    """With documents in one of the streams, another is one document, the first."""
+    here = [stream for stream in streams if f"{stream}positions" in tensors]
+    without = [stream for stream in here if f"{stream}segments" not in tensors]
+    if len(without) == len(here):
         return tensors
-    (other,) = {"", "encoder_"} - set(found)
-    return tensors | {f"{other}segments": torch.zeros_like(tensors[f"{other}positions"])}
+    return tensors | {f"{stream}segments": torch.zeros_like(tensors[f"{stream}positions"]) for stream in without}
 
 
 def _memory_sight(writing: Sight, reading: Sight) -> Sight:

@@ -14,6 +14,7 @@ from teratron.models import Model, State
 from teratron.objectives.layers import layer_counts, layer_loads, layer_terms
 from teratron.objectives.masked import Masked
 from teratron.objectives.next_token import NextToken
+from teratron.objectives.permuted import Permuted
 from teratron.objectives.terms import Batch, Tally, Term, total_loss
 
 __all__ = [
@@ -56,7 +57,7 @@ class Objective(Protocol):
         """The terms of a micro-batch from the model's last state."""
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"next_token": NextToken, "masked": Masked}
+OBJECTIVES: dict[str, type[Objective]] = {"next_token": NextToken, "masked": Masked, "permuted": Permuted}
 
 
 def build_objective(config: Config) -> Objective:

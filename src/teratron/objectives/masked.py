@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from teratron.config import Config
-from teratron.data.batch import check_eod, document_places
+from teratron.data.batch import coordinates
 from teratron.data.samples import PADDING, Samples
 from teratron.data.special import Needs, SpecialTokens
 from teratron.models import Model, State
@@ -27,8 +27,8 @@ class Masked:
         self.isolate = config.data.isolate_documents
         self.masking = Masking(config.objective, self.seed)
         frame = 2 if self.sentence == "none" else 3
-        predicted = self.masking.most(self.length) / self.length
-        self.needs = Needs(self.length - frame, ("mask", "cls", "sep"), predicted)
+        self.most = config.objective.most_predicted(self.length)
+        self.needs = Needs(self.length - frame, ("mask", "cls", "sep"), self.most / self.length)
 
     def prepare(self, samples: Samples, index: np.ndarray, special: SpecialTokens) -> Batch:
         """Beside the usual: `token_types` [B, S] and, with a sentence objective, `sentence_targets` and `sentence_weights`, the
@@ -46,7 +46,7 @@ class Masked:
             tokens[row, whole] = self.masking.corrupted(reading.tokens, hidden, special.ids["mask"], ordinary, sample)
             targets[row, whole], types[row, whole], chosen[row, whole], real[row, whole] = reading.tokens, reading.types, hidden, True
         batch = {"tokens": tokens, "targets": targets, "token_types": types, "sample": np.array(index, np.int64)}
-        batch |= self._coordinates(targets, real, special.eod) | self._labels(readings)
+        batch |= coordinates(targets, real, special.eod, self.isolate) | self._labels(readings)
         return {name: torch.from_numpy(values) for name, values in batch.items()} | {"weights": torch.from_numpy(chosen).float()}
 
     def _read(self, samples: Samples, index: np.ndarray, special: SpecialTokens) -> list[Reading]:
@@ -58,15 +58,6 @@ class Masked:
         if self.sentence == "next":
             others = [_without_padding(row) for row in samples.rows(partners(samples, index, self.seed))[:, :-1]]
         return [pair(row, other, special, self.seed, int(sample)) for row, other, sample in zip(rows, others, index, strict=True)]
-
-    def _coordinates(self, targets: np.ndarray, real: np.ndarray, eod: int | None) -> dict[str, np.ndarray]:
-        """Places, and documents where they are isolated or there is padding, which is -1."""
-        places = np.tile(np.arange(self.length), (len(targets), 1))
-        if not self.isolate:
-            return {"positions": places} if real.all() else {"positions": places, "segments": real.astype(np.int64) - 1}
-        check_eod(eod, "isolate_documents")
-        positions, segments = document_places(targets == eod)
-        return {"positions": positions, "segments": np.where(real, segments, -1)}
 
     def _labels(self, readings: Iterable[Reading]) -> dict[str, np.ndarray]:
         if self.sentence == "none":
@@ -88,8 +79,7 @@ class Masked:
         head = model.head
         if head is None:
             return []
-        most = self.masking.most(self.length)
-        terms = [Term("masked", head.output.loss_sum(state["hidden"], batch["targets"], batch["weights"], self.smoothing, most))]
+        terms = [Term("masked", head.output.loss_sum(state["hidden"], batch["targets"], batch["weights"], self.smoothing, self.most))]
         if self.sentence != "none":
             labels = batch["sentence_targets"], batch["sentence_weights"]
             terms.append(Term("sentence", head.sentence.loss_sum(state["pooled"], *labels, most=1)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,10 +52,6 @@ class Masking:
             if left == 0:
                 break
         return taken
-
-    def most(self, tokens: int) -> int:
-        """How many of so many tokens are predicted at most."""
-        return max(1, math.ceil(self.config.mask_rate * tokens))
 
     def ngrams(self, words: int, sample: int) -> list[int]:
         """How many words the n-gram that begins with each word has."""

@@ -15,6 +15,7 @@ from teratron.models.head import LanguageHead
 from teratron.models.leaves import Dropout, Embedding, Leaf, Linear, Norm
 from teratron.models.moe import Router
 from teratron.models.plan import Cut, Layout, Plan
+from teratron.models.two_stream import HeadBias
 from teratron.parallel.mesh import Group, Mesh
 from teratron.parallel.twins import (
     ColumnLinear,
@@ -77,7 +78,9 @@ class _Surgeon:
 
     def twin(self, leaf: nn.Module, cut: Cut) -> nn.Module:
         if isinstance(leaf, Linear) and cut.tensor:
-            return (ColumnLinear if cut.inputs is Layout.RESIDUAL else RowLinear)(leaf, self.pieces(leaf, cut), self.group, self.sequence)
+            if cut.inputs is Layout.FEATURES:
+                return RowLinear(leaf, self.pieces(leaf, cut), self.group, self.sequence)
+            return ColumnLinear(leaf, self.pieces(leaf, cut), self.group, self.sequence and cut.inputs is Layout.RESIDUAL)
         if isinstance(leaf, LanguageHead) and cut.tensor:
             return self.head(leaf, cut)
         if isinstance(leaf, LanguageHead) and self.sequence:
@@ -90,6 +93,8 @@ class _Surgeon:
             return SequenceEmbedding(leaf, self.pieces(leaf, cut), self.group)
         if isinstance(leaf, Dropout) and self.sequence and cut.inputs is Layout.RESIDUAL:
             return SequenceDropout(leaf, self.group)
+        if isinstance(leaf, HeadBias):
+            leaf.hold(self.pieces(leaf, cut))
         if isinstance(leaf, AttentionCore):
             leaf.place, leaf.shares = self.group.rank, self.group.size
         if isinstance(leaf, (Norm, Embedding, Router, Linear, LanguageHead)):
@@ -114,7 +119,7 @@ class _Surgeon:
                 piece = replace(part, copies=self.group.size, partial=partial, first=self.group.rank == 0)
             else:
                 shareable = part.name.partition(".")[0] in cut.shareable
-                granule = leaf.granule if isinstance(leaf, Linear) else 1
+                granule = leaf.granule if isinstance(leaf, (Linear, HeadBias)) else 1
                 piece = cut_part(part, dimension, self.group, granule, shareable, even=isinstance(leaf, Linear))
             begin = start.get(part.parameter, 0)
             start[part.parameter] = begin + piece.size[0]

@@ -356,6 +356,11 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, world: int = 0) -
             f"parallel.schedule = {parallel.schedule} puts weight gradients off, which parallel.shard = {parallel.shard} would gather and "
             "reduce twice: choose parallel.shard optimizer or none, or schedule 1f1b, gpipe or interleaved"
         )
+    if parallel.context > 1 and model.family == "xlnet":
+        raise UserError(
+            f"parallel.context = {parallel.context} cuts samples, and model.family = xlnet attends by distances within whole ones: "
+            "choose --parallel.tensor with --parallel.sequence instead, or --parallel.context 1"
+        )
     if parallel.context > 1 and parallel.context_method == "all_to_all":
         heads = model.heads // parallel.tensor
         pairs = max(1, model.key_value_heads // parallel.tensor)

@@ -210,6 +210,8 @@ class MicroBatches:
         ranks = engine.mesh.context.size * (engine.mesh.tensor.size if engine.config.parallel.sequence else 1)
         shapes: dict[str, tuple[int, ...]] = {}
         for name, stream in model.carried(engine.config.model, self.units[stage].start).items():
+            if f"{stream}positions" not in self.parts[micro_batch]:
+                continue
             rows, length = self.parts[micro_batch][f"{stream}positions"].shape
             shapes[name] = (rows, length // ranks, engine.config.model.hidden)
         return shapes
@@ -227,7 +229,7 @@ class MicroBatches:
         self.loads |= {name: load + self.loads.get(name, 0) for name, load in layer_loads(state).items()}
         following = self.units[stage].stop
         carried = model.carried(model.config, following) if following < model.count_units(model.config) else {}
-        sent = {name: state[name] for name in carried}
+        sent = {name: state[name] for name in carried if name in state}
         if learning:
             loss = total_loss(terms, self.tally.counts) * self.loss_scale if terms else None
             self._kept[stage, micro_batch] = received, sent, loss
@@ -304,7 +306,7 @@ def pad_sequences(batch: Batch, multiple: int, streams: Mapping[str, bool]) -> B
 
     A causal stream needs no mask for that, as what is later is never seen.
     """
-    padded = dict(both_segments(batch) if len(streams) > 1 else batch)
+    padded = dict(both_segments(batch, streams))
     for stream, causal in streams.items() if multiple > 1 else ():
         names = [name for name, tensor in padded.items() if tensor.dim() == 2 and _stream_of(name, streams) == stream]
         if not names:
@@ -318,7 +320,7 @@ def pad_sequences(batch: Batch, multiple: int, streams: Mapping[str, bool]) -> B
             padded[f"{stream}real"] = torch.nn.functional.pad(real, (0, missing), value=False)
         for name in names:
             padded[name] = torch.nn.functional.pad(padded[name], (0, missing), value=-1 if name.endswith("segments") else 0)
-    return both_segments(padded) if len(streams) > 1 else padded  # the other stream must not see a memory's padding
+    return both_segments(padded, streams)  # another stream must not see a memory's padding
 
 
 def _stream_of(name: str, streams: Iterable[str]) -> str:

@@ -1,0 +1,132 @@
+"""The same weights give the same logits and gradients as transformers' XLNet: both streams, given orders, memory of the stretch before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teratron.config import ModelConfig
+from teratron.models import Model, State, build_model, load_parts, parts_of
+
+transformers = pytest.importorskip("transformers", reason="transformers is the oracle: pip install transformers")
+
+VOCAB, LENGTH, HIDDEN, HEADS, LAYERS, PREDICTED = 83, 20, 48, 4, 2, 6
+LAYER = {
+    "rel_attn.layer_norm": "attention_norm",
+    "ff.layer_norm": "ffn_norm",
+    "ff.layer_1": "ffn.up",
+    "ff.layer_2": "ffn.down",
+}
+
+
+def theirs() -> Any:
+    """A `transformers` model with random weights that make logits of size 1."""
+    config = transformers.XLNetConfig(
+        vocab_size=VOCAB, d_model=HIDDEN, n_layer=LAYERS, n_head=HEADS, d_inner=80, dropout=0, mem_len=LENGTH
+    )  # fmt: skip
+    model = transformers.XLNetLMHeadModel(config)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            centre = 1.0 if "layer_norm.weight" in path else 0.0
+            parameter.copy_(centre + 0.15 * torch.randn(parameter.shape, generator=generator))
+    return model.float().eval()
+
+
+def by_part(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Their parameters, or gradients of them, under our names; without what concerns segments A and B, which ours has not."""
+    found = {"embedding.tokens.weight": named["transformer.word_embedding.weight"], "head.output.bias": named["lm_loss.bias"]}
+    found["embedding.query.weight"] = named["transformer.mask_emb"][0]
+    for layer in range(LAYERS):
+        here, there = f"blocks.{layer}", f"transformer.layer.{layer}"
+        for name, own in LAYER.items():
+            found |= {f"{here}.{own}.{kind}": named[f"{there}.{name}.{kind}"] for kind in ("weight", "bias")}
+        for name, own in {"q": "q", "k": "k", "v": "v", "r": "distance"}.items():
+            found[f"{here}.attention.{own}.weight"] = named[f"{there}.rel_attn.{name}"].flatten(1).t()
+        found[f"{here}.attention.output.weight"] = named[f"{there}.rel_attn.o"].flatten(1)
+        found[f"{here}.attention.content_bias.weight"] = named[f"{there}.rel_attn.r_w_bias"].flatten()
+        found[f"{here}.attention.distance_bias.weight"] = named[f"{there}.rel_attn.r_r_bias"].flatten()
+    return found
+
+
+def ours(model: Any, recurrence: int = 0) -> Model:
+    length = LENGTH * 2 if recurrence else LENGTH
+    config = ModelConfig(
+        family="xlnet", position="transformer_xl", norm_place="post", norm_eps=1e-12, layers=LAYERS, hidden=HIDDEN, heads=HEADS,
+        ffn=80, vocab_size=VOCAB, seq_length=length, recurrence=recurrence,
+    )  # fmt: skip
+    twin = build_model(config)
+    load_parts(twin, by_part({name: parameter.detach() for name, parameter in model.named_parameters()}))
+    return twin
+
+
+def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens and their turns [2, S], the places of those that are predicted, and labels [2, P]."""
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCAB, (2, LENGTH), generator=draw)
+    places = torch.stack([torch.randperm(LENGTH, generator=draw)[:PREDICTED] for _ in range(2)])
+    turns = torch.zeros(2, LENGTH, dtype=torch.int64).scatter(1, places, torch.arange(1, PREDICTED + 1).expand(2, -1))
+    return tokens, turns, places.sort(1).values, torch.randint(VOCAB, (2, PREDICTED), generator=draw)
+
+
+def theirs_of(turns: Tensor, places: Tensor) -> dict[str, Tensor]:
+    """An order as their masks."""
+    hidden = (turns[:, None, :] > 0) & (turns[:, None, :] >= turns[:, :, None])
+    return {"perm_mask": hidden.float(), "target_mapping": F.one_hot(places, LENGTH).float()}
+
+
+def state_of(tokens: Tensor, turns: Tensor, places: Tensor) -> State:
+    return {"tokens": tokens, "positions": torch.arange(tokens.shape[1]).expand(tokens.shape), "turns": turns, "target_positions": places}
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """To 1e-5 of the largest."""
+    scale = float(expected.detach().abs().max())
+    assert scale > 0.5
+    assert float((found - expected).detach().abs().max()) <= 1e-5 * scale
+
+
+def assert_learns_alike(model: Any, logits: Tensor, twin: Model, state: State, labels: Tensor) -> None:
+    """Logits, the sum of losses, and every part's gradient to 1e-4 of its largest element."""
+    hidden = twin(state)["hidden"]
+    close(twin.head.output(hidden), logits)
+    F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    twin.head.output.loss_sum(hidden, labels, torch.ones(labels.shape)).backward()
+    expected = by_part({name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()})
+    parameters = dict(twin.named_parameters())
+    for part in parts_of(twin):
+        gradient, right = part.of(parameters[part.parameter].grad), expected[part.name]
+        assert float(right.abs().max()) > 0
+        assert float((gradient - right).abs().max()) <= 1e-4 * float(right.abs().max()), part.name
+
+
+def test_both_streams_equal_transformers() -> None:
+    model = theirs()
+    tokens, turns, places, labels = drawn(1)
+    logits = model(tokens, **theirs_of(turns, places)).logits
+    assert_learns_alike(model, logits, ours(model), state_of(tokens, turns, places), labels)
+
+
+def test_the_content_alone_equals_transformers_from_left_to_right() -> None:
+    """Then it is Transformer-XL, but for XLNet's details."""
+    model = theirs()
+    tokens, twin = drawn(2)[0], ours(model)
+    mask = torch.ones(LENGTH, LENGTH).triu(1).expand(2, -1, -1)
+    state = {name: tensor for name, tensor in state_of(tokens, tokens, tokens).items() if name in ("tokens", "positions")}
+    close(twin.head.output(twin(state)["hidden"]), model(tokens, perm_mask=mask).logits)
+
+
+def test_memory_equals_transformers_mems() -> None:
+    """Two stretches of one sample against two calls, the second with what the first has left: no gradient flows back to it."""
+    model = theirs()
+    first, second = drawn(3), drawn(4)
+    before = model(first[0], **theirs_of(*first[1:3]), use_mems=True)
+    after = model(second[0], **theirs_of(*second[1:3]), mems=before.mems)
+    tokens, turns, places, labels = (torch.cat(pair, dim=1) for pair in zip(first, second, strict=True))
+    places = places + LENGTH * (torch.arange(2 * PREDICTED) >= PREDICTED)
+    logits = torch.cat([before.logits, after.logits], dim=1)
+    assert_learns_alike(model, logits, ours(model, recurrence=LENGTH), state_of(tokens, turns, places), labels)
