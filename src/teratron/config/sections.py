@@ -10,6 +10,7 @@ from teratron.config.errors import UserError
 from teratron.config.groups import parse_group
 from teratron.config.keys import Section, above, at_least, between, key
 from teratron.config.lengths import parse_length
+from teratron.config.variants import check_variants
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,19 @@ class ModelConfig(Section):
     """The vocabulary's weights are padded in memory to a multiple of this, for fast matrix products; padding is masked out."""
     norm: Literal["layernorm", "rmsnorm"] = key("layernorm")
     """Kind of normalisation."""
-    norm_place: Literal["pre", "post"] = key("pre")
-    """Where blocks normalise: pre = the input of attention and feed-forward layer, and the last output; post = each sum (original BERT)."""
+    norm_place: Literal["pre", "post", "sandwich"] = key("pre")
+    """Where blocks normalise: pre = the input of attention and feed-forward layer, and the last output; post = each sum (original BERT);
+    sandwich = as pre, and the output of each layer before it is added (Gemma 2)."""
+    block: Literal["sequential", "parallel", "parallel_one_norm"] = key("sequential")
+    """The feed-forward layer reads what attention has added to, or beside attention the same input, behind a norm of its own (GPT-NeoX) or
+    attention's (GPT-J, PaLM)."""
     norm_eps: float = key(1e-5, above(0))
     """Added to the variance inside a norm."""
     activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] = key("gelu")
     """Feed-forward activation; swiglu and geglu add a gate projection."""
-    position: Literal["learned", "rope", "transformer_xl", "none"] = key("learned")
-    """How positions enter: a learned table, rotary embedding (halves rotated), sinusoids of distances (xlnet), or not at all."""
+    position: Literal["learned", "sinusoidal", "rope", "alibi", "transformer_xl", "none"] = key("learned")
+    """How positions enter: a learned table, waves (Vaswani et al. 2017), rotary embedding (halves rotated), alibi = scores that fall with
+    the distance (Press et al. 2022; decoders only), sinusoids of distances (xlnet), or not at all."""
     position_offset: int = key(0, at_least(0))
     """Number of the first row of the learned table that is used, which has so many rows more (RoBERTa: 2)."""
     token_types: int = key(0, at_least(0))
@@ -59,8 +65,27 @@ class ModelConfig(Section):
     """Normalise the sum of embeddings (BERT)."""
     rope_theta: float = key(10000.0, at_least(1))
     """Base of the rotary frequencies."""
+    rope_share: float = key(1.0, above(0))
+    """Share of each head's features that is rotated, the first ones (GPT-NeoX: 0.25)."""
+    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = key("none")
+    """How rotary frequencies stretch to contexts model.rope_factor times as long: linear = all alike, ntk = by a larger base, yarn (Peng et
+    al. 2024) and llama3 = slow ones alone."""
+    rope_factor: float = key(1.0, at_least(1))
+    """How many times as long the context becomes by model.rope_scaling."""
+    rope_original: int = key(0, at_least(0))
+    """Tokens of the context before that (yarn, llama3)."""
+    rope_slow: float = key(1.0, above(0))
+    """Frequencies with fewer turns in that context are stretched in full (yarn, llama3)."""
+    rope_fast: float = key(0.0, at_least(0))
+    """Frequencies with more turns in that context are left as they are (yarn, llama3); 0 = 32 for yarn, 4 for llama3."""
+    rope_sharpness: float = key(0.0, at_least(0))
+    """Factor of queries and keys with yarn; 0 = 0.1 ln(model.rope_factor) + 1."""
     tie_embeddings: bool = key(True)
     """Use the token embedding as the output projection."""
+    scale_embeddings: bool = key(False)
+    """Multiply token embeddings by sqrt(hidden) (Vaswani et al. 2017, Gemma)."""
+    output_cap: float = key(0.0, at_least(0))
+    """Bound of the output's logits, which become cap * tanh(logit / cap) (Gemma 2: 30); 0 = none."""
     head_transform: bool = key(False)
     """A dense layer, the activation and a norm before the output projection, which then has biases (BERT)."""
     pooler: bool = key(False)
@@ -88,6 +113,16 @@ class ModelConfig(Section):
     """Biases in linear layers and LayerNorm."""
     qk_norm: bool = key(False)
     """Normalise each head's queries and keys (RMSNorm over head_dim)."""
+    attention_cap: float = key(0.0, at_least(0))
+    """Bound of attention's scores, as model.output_cap (Gemma 2: 50; slower, as the fused kernels have none); 0 = none."""
+    latent: int = key(0, at_least(0))
+    """Multi-head latent attention (DeepSeek-V2): keys and values are made from so many features a token, all that is cached; 0 = off."""
+    latent_query: int = key(0, at_least(0))
+    """With model.latent, queries too are made from so many features; 0 = from all."""
+    rope_dim: int = key(0, at_least(0))
+    """With model.latent, further features of a head that are rotated, their keys one for all heads; the head_dim others are not."""
+    value_dim: int = key(0, at_least(0))
+    """With model.latent, features of a head's values; 0 = head_dim."""
     dropout: float = key(0.0, between(0, 1))
     """Probability of dropping an embedding or residual feature."""
     attention_dropout: float = key(0.0, between(0, 1))
@@ -112,6 +147,10 @@ class ModelConfig(Section):
     """Leading blocks without experts."""
     router: Literal["softmax", "sigmoid"] = key("softmax")
     """How scores of experts are made: softmax over all experts, or a sigmoid for each."""
+    router_groups: int = key(1, at_least(1))
+    """Experts are in so many groups, of which a token uses only the best model.groups_per_token (DeepSeek-V2, -V3)."""
+    groups_per_token: int = key(1, at_least(1))
+    """Groups of experts that a token may use, by their best expert's score (softmax) or the sum of their best two (sigmoid)."""
     normalise_gates: bool = key(False)
     """Divide the scores of a token's experts by their sum before they weigh the experts' outputs."""
     gate_scale: float = key(1.0, above(0))
@@ -138,8 +177,6 @@ class ModelConfig(Section):
             raise UserError(
                 f"model.heads = {self.heads} is not divisible by model.kv_heads = {self.kv_heads}: choose a divisor of model.heads"
             )
-        if self.position == "rope" and self.head_features % 2:
-            raise UserError(f"model.head_dim = {self.head_features} is odd: rotary positions need an even number of features a head")
         if self.head_transform and self.gated:
             raise UserError(
                 f"model.activation = {self.activation} is gated, which model.head_transform has no place for: choose gelu, or leave it out"
@@ -162,6 +199,7 @@ class ModelConfig(Section):
         self._check_pattern()
         self._check_distances()
         self._check_experts()
+        check_variants(self)
 
     def _check_pattern(self) -> None:
         usual = {"pattern": "window", "dilation": 1, "summary": 1, "global_tokens": 0, "global_every": 0}
@@ -210,7 +248,7 @@ class ModelConfig(Section):
             raise UserError(f"model.recurrence = {self.recurrence} {wrong}: {choose}, or leave it out")
         if xlnet and self.hidden % 2:
             raise UserError(f"model.hidden = {self.hidden} is odd: sinusoids of distances need an even number of features")
-        absent = ("kv_heads", "window", "qk_norm", "experts", "mup_base", "token_types", "pooler")
+        absent = ("kv_heads", "window", "qk_norm", "experts", "mup_base", "token_types", "pooler", "attention_cap", "scale_embeddings")
         for name in absent if xlnet else ():
             if getattr(self, name):
                 raise UserError(f"model.{name} = {str(getattr(self, name)).lower()} does not go with model.family = xlnet: leave it out")
@@ -232,6 +270,13 @@ class ModelConfig(Section):
                 "model.normalise_gates = true with model.experts_per_token = 1 makes every gate 1, and the router learns nothing: "
                 "raise model.experts_per_token, or leave model.normalise_gates out"
             )
+        size, left = divmod(self.experts, self.router_groups)
+        if left or self.groups_per_token > self.router_groups or self.groups_per_token * size < self.experts_per_token:
+            raise UserError(
+                f"model.router_groups = {self.router_groups} with model.groups_per_token = {self.groups_per_token} does not fit "
+                f"model.experts = {self.experts} and model.experts_per_token = {self.experts_per_token}: expected groups of one size, "
+                "of which those of a token hold experts enough"
+            )
         if self.moe_first_dense >= self.layers:
             raise UserError(
                 f"model.moe_first_dense = {self.moe_first_dense} leaves none of model.layers = {self.layers} blocks to model.experts = "
@@ -246,6 +291,26 @@ class ModelConfig(Section):
     def widening(self) -> float:
         """How many times as wide as at `mup_base`; 1 without."""
         return self.hidden / self.mup_base if self.mup_base else 1.0
+
+    @property
+    def rotary_features(self) -> int:
+        """Features of a head that are rotated."""
+        return self.rope_dim if self.latent else int(self.head_features * self.rope_share)
+
+    @property
+    def sharpness(self) -> float:
+        """Factor of queries and keys by the rotary scaling."""
+        return (self.rope_sharpness or 0.1 * math.log(self.rope_factor) + 1) if self.rope_scaling == "yarn" else 1.0
+
+    @property
+    def key_features(self) -> int:
+        """Features of one head's queries and keys."""
+        return self.head_features + (self.rope_dim if self.latent else 0)
+
+    @property
+    def value_features(self) -> int:
+        """Features of one head's values."""
+        return self.value_dim or self.head_features
 
     @property
     def matrix_std(self) -> float:

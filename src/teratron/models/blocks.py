@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from teratron.config import ModelConfig
-from teratron.models.attention import AttentionCore
+from teratron.models.attention import AttentionCore, heads_of
 from teratron.models.contrast import TokenContrast
 from teratron.models.feed_forward import FeedForward, activate
 from teratron.models.head import LanguageHead
+from teratron.models.latent import LatentAttention
 from teratron.models.leaves import Dropout, Embedding, Linear, Norm
 from teratron.models.moe import MoE
+from teratron.models.positions import Waves, rotate
 from teratron.models.units import Shared, State, with_routing
 
 TYPES = "token_types"
@@ -32,15 +34,19 @@ class TokenEmbedding(nn.Module):
         self.tokens = table or Embedding(config.vocab_size, config.hidden, config.init_std, config.vocab_multiple, name)
         self.offset, places = config.position_offset, config.positions + config.position_offset
         self.positions = Embedding(places, config.hidden, config.init_std) if config.position == "learned" else None
+        self.waves = Waves(config.hidden) if config.position == "sinusoidal" else None
+        self.factor = math.sqrt(config.hidden) if config.scale_embeddings else 1.0
         self.types = Embedding(config.token_types, config.hidden, config.init_std) if config.token_types else None
         self.norm = block_norm(config) if config.embedding_norm else None
         self.dropout = Dropout(config.dropout, f"{site}.dropout")
 
     def forward(self, state: State, shared: Shared) -> State:
         rest = {name: tensor for name, tensor in state.items() if name not in (self.reads, TYPES)}
-        hidden_BSH = self.tokens(state[self.reads])
+        hidden_BSH = self.tokens(state[self.reads]) * self.factor if self.factor != 1 else self.tokens(state[self.reads])
         if self.positions is not None:
             hidden_BSH = hidden_BSH + self.positions(shared.positions + self.offset)
+        if self.waves is not None:
+            hidden_BSH = hidden_BSH + self.waves(shared.positions, hidden_BSH.dtype)
         if self.types is not None:
             hidden_BSH = hidden_BSH + self.types(state[TYPES] if TYPES in state else torch.zeros_like(shared.positions))
         if self.norm is not None:
@@ -60,7 +66,7 @@ class Attention(nn.Module):
         self.query_factor = config.query_factor
         self.q_norm = Norm(config.head_features, "rmsnorm", False, config.norm_eps) if config.qk_norm else None
         self.k_norm = Norm(config.head_features, "rmsnorm", False, config.norm_eps) if config.qk_norm else None
-        self.core = AttentionCore(config.attention_dropout, f"{site}.core")
+        self.core = AttentionCore(config.attention_dropout, f"{site}.core", config.attention_cap, config.position == "alibi")
         self.output = Linear(queries, config.hidden, config.bias, config.matrix_std / math.sqrt(2 * config.layers))
 
     def forward(self, x_BSH: Tensor, shared: Shared) -> Tensor:
@@ -89,7 +95,7 @@ class CrossAttention(nn.Module):
         self.q = Linear(config.hidden, queries, config.bias, config.matrix_std, granule=config.head_features)
         self.kv = Linear(config.hidden, {"k": pairs, "v": pairs}, config.bias, config.matrix_std, granule=config.head_features)
         self.query_factor = config.query_factor
-        self.core = AttentionCore(config.attention_dropout, f"{site}.core")
+        self.core = AttentionCore(config.attention_dropout, f"{site}.core", config.attention_cap)
         self.output = Linear(queries, config.hidden, config.bias, config.matrix_std / math.sqrt(2 * config.layers))
 
     def forward(self, x_BSH: Tensor, memory_BTH: Tensor, shared: Shared) -> Tensor:
@@ -102,43 +108,59 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """One transformer layer; with `cross` it also attends to the encoder's memory."""
 
+    attention: nn.Module
+    cross_attention: nn.Module
+    ffn: nn.Module
+
     def __init__(self, config: ModelConfig, layer: int, site: str, cross: bool = False) -> None:
         super().__init__()
-        self.norm_first = config.norm_place == "pre"
-        self.attention_norm = block_norm(config)
-        self.attention = Attention(config, layer, f"{site}.attention")
-        self.attention_dropout = Dropout(config.dropout, f"{site}.attention.dropout")
+        self.norm_place, self.order, self.cross, self.site = config.norm_place, config.block, cross, site
+        self._put("attention", (LatentAttention if config.latent else Attention)(config, layer, f"{site}.attention"), config)
         if cross:
-            self.cross_attention_norm = block_norm(config)
-            self.cross_attention = CrossAttention(config, f"{site}.cross_attention")
-            self.cross_attention_dropout = Dropout(config.dropout, f"{site}.cross_attention.dropout")
-        self.cross = cross
-        self.ffn_norm = block_norm(config)
-        self.site = site
-        self.ffn: nn.Module = MoE(config) if config.routed(layer) else FeedForward(config, config.ffn_width, config.bias)
-        self.ffn_dropout = Dropout(config.dropout, f"{site}.ffn.dropout")
+            self._put("cross_attention", CrossAttention(config, f"{site}.cross_attention"), config)
+        self._put("ffn", MoE(config) if config.routed(layer) else FeedForward(config, config.ffn_width, config.bias), config)
+
+    def _put(self, name: str, layer: nn.Module, config: ModelConfig) -> None:
+        """A layer with the norms and the dropout around it."""
+        if name != "ffn" or self.order != "parallel_one_norm":
+            self.add_module(f"{name}_norm", block_norm(config))
+        self.add_module(name, layer)
+        if self.norm_place == "sandwich":
+            self.add_module(f"{name}_output_norm", block_norm(config))
+        self.add_module(f"{name}_dropout", Dropout(config.dropout, f"{self.site}.{name}.dropout"))
 
     def forward(self, state: State, shared: Shared) -> State:
         hidden = state["hidden"]
-        mixed = self.attention(self._before(self.attention_norm, hidden), shared)
-        hidden = self._after(self.attention_norm, hidden + self.attention_dropout(mixed, shared.keys))
+        x = self._before("attention", hidden)
+        mixed = self.attention(x, shared)
+        if self.order != "sequential":
+            fed, state = self._fed(x if self.order == "parallel_one_norm" else self._before("ffn", hidden), state, shared)
+            return {**state, "hidden": self._added("ffn", self._added("attention", hidden, mixed, shared.keys), fed, shared.keys)}
+        hidden = self._added("attention", hidden, mixed, shared.keys)
         if self.cross:
-            mixed = self.cross_attention(self._before(self.cross_attention_norm, hidden), state["memory"], shared)
-            hidden = self._after(self.cross_attention_norm, hidden + self.cross_attention_dropout(mixed, shared.keys))
-        x = self._before(self.ffn_norm, hidden)
-        if isinstance(self.ffn, MoE):
-            # A generated token would compete for capacity with those before it, which are not here: then nothing is dropped.
-            mixed, routing = self.ffn(x, shared.real, dropless=shared.cache is not None)
-            state = with_routing(state, f"{self.site}.ffn.router", routing.terms, routing.load_E)
-        else:
-            mixed = self.ffn(x)
-        return {**state, "hidden": self._after(self.ffn_norm, hidden + self.ffn_dropout(mixed, shared.keys))}
+            mixed = self.cross_attention(self._before("cross_attention", hidden), state["memory"], shared)
+            hidden = self._added("cross_attention", hidden, mixed, shared.keys)
+        fed, state = self._fed(self._before("ffn", hidden), state, shared)
+        return {**state, "hidden": self._added("ffn", hidden, fed, shared.keys)}
 
-    def _before(self, norm: Norm, hidden: Tensor) -> Tensor:
-        return norm(hidden) if self.norm_first else hidden
+    def _fed(self, x_BSH: Tensor, state: State, shared: Shared) -> tuple[Tensor, State]:
+        """What the feed-forward layer or its experts make, and the state with what these leave in it."""
+        if not isinstance(self.ffn, MoE):
+            return self.ffn(x_BSH), state
+        # A generated token would compete for capacity with those before it, which are not here: then nothing is dropped.
+        fed, routing = self.ffn(x_BSH, shared.real, dropless=shared.cache is not None)
+        return fed, with_routing(state, f"{self.site}.ffn.router", routing.terms, routing.load_E)
 
-    def _after(self, norm: Norm, hidden: Tensor) -> Tensor:
-        return hidden if self.norm_first else norm(hidden)
+    def _before(self, name: str, hidden: Tensor) -> Tensor:
+        """What a layer reads of the residual stream."""
+        return hidden if self.norm_place == "post" else self.get_submodule(f"{name}_norm")(hidden)
+
+    def _added(self, name: str, hidden: Tensor, made: Tensor, keys: Tensor | None) -> Tensor:
+        """The residual stream with what a layer has made; keys: of dropout."""
+        if self.norm_place == "sandwich":
+            made = self.get_submodule(f"{name}_output_norm")(made)
+        total = hidden + self.get_submodule(f"{name}_dropout")(made, keys)
+        return self.get_submodule(f"{name}_norm")(total) if self.norm_place == "post" else total
 
 
 class Head(nn.Module):
@@ -150,7 +172,7 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig, tied_to: str, shared_weight: nn.Parameter | None) -> None:
         """tied_to: the part whose weight a tied head uses; shared_weight: that weight, where it is at hand."""
         super().__init__()
-        self.norm = block_norm(config) if config.norm_place == "pre" else None
+        self.norm = block_norm(config) if config.norm_place != "post" else None
         self.shrinking, self.activation, width = 1 / config.widening, config.activation, config.hidden
         self.transforms, self.pools = config.head_transform, config.pooler
         if self.transforms:
@@ -159,7 +181,9 @@ class Head(nn.Module):
             self.pooler = Linear(width, width, config.bias, config.matrix_std)
             self.sentence = LanguageHead(width, 2, 1, config.init_std, bias=config.bias)
         name, bias = f"/{tied_to}" if config.tie_embeddings else ".weight", config.output_bias
-        self.output = LanguageHead(width, config.vocab_size, config.vocab_multiple, config.init_std, shared_weight, name, bias)
+        self.output = LanguageHead(
+            width, config.vocab_size, config.vocab_multiple, config.init_std, shared_weight, name, bias, config.output_cap
+        )
         self.contrast = TokenContrast()
 
     def forward(self, state: State, shared: Shared) -> State:
@@ -174,14 +198,3 @@ class Head(nn.Module):
 def block_norm(config: ModelConfig) -> Norm:
     """The norm of the residual stream."""
     return Norm(config.hidden, config.norm, config.bias, config.norm_eps)
-
-
-def heads_of(x_BSF: Tensor, head_features: int) -> Tensor:
-    """Features as heads, [B, N, S, D]."""
-    return x_BSF.unflatten(-1, (-1, head_features)).transpose(1, 2)
-
-
-def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head's features by the positions' angles, in float32 for half types."""
-    first, second = x_BNSD.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BNSD.dtype)

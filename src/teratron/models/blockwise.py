@@ -41,6 +41,35 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What becomes of scores before the softmax."""
+
+    cap: float = 0.0
+    """Their bound; 0 = none."""
+    slopes: Tensor | None = None
+    """How much they fall a token of distance, [N]; None = not."""
+    places: Tensor | None = None
+    """Of the queries, int64 [S]; with slopes alone."""
+    key_places: Tensor | None = None
+    """int64 [T]."""
+
+    def fall(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores of queries [n, b] and keys [n, m], [N, n, b, m]."""
+        if self.slopes is None or self.places is None or self.key_places is None:
+            return None
+        apart = self.key_places[columns].unsqueeze(-2) - self.places[rows].unsqueeze(-1)
+        return (self.slopes[:, None, None, None] * apart).to(dtype)
+
+
+PLAIN = Shape()
+
+
+def capped(scores: Tensor, cap: float) -> Tensor:
+    """cap * tanh(scores / cap); 0 = as they are."""
+    return cap * (scores / cap).tanh() if cap else scores
+
+
+@dataclass(frozen=True)
 class Encounter:
     """Queries that meet keys."""
 
@@ -50,6 +79,7 @@ class Encounter:
     key_segments: Tensor | None = None
     """int64 [B, T]."""
     dropped: Dropped | None = None
+    shape: Shape = PLAIN
 
     def pieces(self, q: Tensor) -> Iterator[Piece]:
         """The tiles as tensors, so many at a time as memory allows; q [B, N, S, D]."""
@@ -61,7 +91,8 @@ class Encounter:
                 some = slice(start, start + count)
                 rows, columns = (torch.as_tensor(places[some], device=q.device) for places in (tiles.rows, tiles.columns))
                 factors = None if self.dropped is None else self.dropped.factors(rows, columns, accurate(q.dtype))
-                yield Piece(rows, columns, self._unseen(unseen, rows, columns), factors)
+                fall = self.shape.fall(rows, columns, accurate(q.dtype))
+                yield Piece(rows, columns, self._unseen(unseen, rows, columns), factors, self.shape.cap, fall)
 
     def _unseen(self, by_place: Tensor | None, rows: Tensor, columns: Tensor) -> Tensor | None:
         if self.segments is None or self.key_segments is None:
@@ -83,6 +114,10 @@ class Piece:
     """True where a query does not see a key; broadcasts to [B, N, n, b, m]."""
     factors: Tensor | None
     """What dropout multiplies weights with."""
+    cap: float
+    """The scores' bound; 0 = none."""
+    fall: Tensor | None
+    """What is added to scores, [N, n, b, m]."""
 
     def of_queries(self, x: Tensor) -> Tensor:
         """[..., S, X] -> [..., n, b, X]."""
@@ -166,7 +201,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, encounter: Encounter) -> Tensor:
 def _attend(q: Tensor, kv: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
     """Attention within tiles, [B, N, n, b, D]: the output normalised there, and the log of its sums [B, N, n, b, 1]."""
     k, v = kv
-    scores = _scores(q, k, piece.unseen)
+    scores = _scores(q, k, piece)
     peak = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)  # a row that sees nothing here: all zero
     weights = scores.sub_(peak).exp_()
     total = weights.sum(-1, keepdim=True)
@@ -178,7 +213,8 @@ def _attend(q: Tensor, kv: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
 def _attend_backward(of_queries: Sequence[Tensor], kv: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
     """Gradients of q, and of k and v stacked, within tiles."""
     (q, log_sum, slope, delta), (k, v) = of_queries, kv
-    weights = _scores(q, k, piece.unseen).sub_(log_sum).exp_()
+    scores = _scores(q, k, piece)
+    weights = scores.sub(log_sum).exp_()
     grad_weights = _grouped(slope, v.to(slope.dtype).transpose(-1, -2))
     kept = weights
     if piece.factors is not None:
@@ -186,14 +222,19 @@ def _attend_backward(of_queries: Sequence[Tensor], kv: Tensor, piece: Piece) -> 
     groups = k.shape[1]
     grad_v = _over_group(kept.transpose(-1, -2) @ slope, groups)
     grad_scores = grad_weights.sub_(delta).mul_(weights).mul_(1 / math.sqrt(q.shape[-1]))
+    if piece.cap:
+        bounded = scores if piece.fall is None else scores.sub_(piece.fall)
+        grad_scores.mul_((bounded / piece.cap).square_().neg_().add_(1).clamp_(min=0))  # nothing where a key is not seen
     grad_k = _over_group(grad_scores.transpose(-1, -2) @ q.to(slope.dtype), groups)
     return _grouped(grad_scores, k.to(slope.dtype)), torch.stack([grad_k, grad_v])
 
 
-def _scores(q: Tensor, k: Tensor, unseen: Tensor | None) -> Tensor:
+def _scores(q: Tensor, k: Tensor, piece: Piece) -> Tensor:
     """Scaled scores [B, N, n, b, m] in the accurate type, what is not seen at minus infinity."""
-    scores = _grouped(q, k.transpose(-1, -2)).to(accurate(q.dtype)).mul_(1 / math.sqrt(q.shape[-1]))
-    return scores if unseen is None else scores.masked_fill_(unseen, -math.inf)
+    scores = capped(_grouped(q, k.transpose(-1, -2)).to(accurate(q.dtype)).mul_(1 / math.sqrt(q.shape[-1])), piece.cap)
+    if piece.fall is not None:
+        scores.add_(piece.fall)
+    return scores if piece.unseen is None else scores.masked_fill_(piece.unseen, -math.inf)
 
 
 def _grouped(a: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from teratron.models.blockwise import capped
 from teratron.models.leaves import Leaf, Part, accurate
 
 CHUNK_LOGITS = 2**22
@@ -48,16 +49,18 @@ class LanguageHead(Leaf):
         shared: nn.Parameter | None = None,
         name: str = ".weight",
         bias: bool = False,
+        cap: float = 0.0,
     ) -> None:
+        """cap: the bound of logits, which become cap * tanh(logit / cap); 0 = none."""
         super().__init__()
-        self.multiple, self.std, self.name, self.owns = multiple, std, name, shared is None
+        self.multiple, self.std, self.name, self.owns, self.cap = multiple, std, name, shared is None, cap
         self.vocabulary = Vocabulary(vocab, 0, vocab)
         self.weight = nn.Parameter(torch.empty(-(-vocab // multiple) * multiple, width)) if shared is None else shared
         self.bias = nn.Parameter(torch.empty(self.weight.shape[0])) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden [..., H], padding cut off."""
-        return F.linear(hidden, self.weight, self.bias)[..., : self.vocabulary.count]
+        return capped(F.linear(hidden, self.weight, self.bias)[..., : self.vocabulary.count], self.cap)
 
     def loss_sum(self, hidden: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0, most: int = 0) -> Tensor:
         """Sum over tokens of weight * cross-entropy; hidden [B, S, H], targets and weights [B, S]. A scalar.
@@ -73,7 +76,7 @@ class LanguageHead(Leaf):
         learning = torch.is_grad_enabled()
         weight, bias = (tensor if learning or tensor is None else tensor.detach() for tensor in (self.weight, self.bias))
         flat = hidden.flatten(0, -2), weight, bias, targets.flatten(), weights.flatten()
-        return LinearCrossEntropy.apply(*flat, self.vocabulary, smoothing)
+        return LinearCrossEntropy.apply(*flat, self.vocabulary, smoothing, self.cap)
 
     def leaf_parts(self) -> Iterator[Part]:
         if self.owns:
@@ -100,6 +103,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         weights_T: Tensor,
         vocabulary: Vocabulary,
         smoothing: float,
+        cap: float,
     ) -> Tensor:
         needs_gradient = any(ctx.needs_input_grad[:3])
         exact = accurate(hidden_TH.dtype)
@@ -120,8 +124,11 @@ class LinearCrossEntropy(torch.autograd.Function):
                 logits.copy_(product)
             if bias_V is not None:
                 logits.add_(bias_V)
-            total += _losses(logits, targets_T[part, None], weights, vocabulary, smoothing)
+            damping = 1 - logits.div_(cap).tanh_().square() if cap else None
+            total += _losses(logits.mul_(cap) if cap else logits, targets_T[part, None], weights, vocabulary, smoothing)
             if grad_hidden is not None:
+                if damping is not None:
+                    logits.mul_(damping)
                 if grad_bias is not None:
                     grad_bias += logits.sum(0)
                 slopes = product.copy_(logits) if half else logits
@@ -132,13 +139,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         # In half types the factor may be a large loss scale: multiply what is kept accurately before it is rounded.
         dtype = grad_hidden.dtype
         grad_weight = grad_weight.mul_(upstream[0].to(grad_weight.dtype)).to(dtype)
         grad_bias = None if grad_bias is None else grad_bias.mul_(upstream[0].to(grad_bias.dtype)).to(dtype)
-        return grad_hidden.mul_(upstream[0].to(accurate(dtype))), grad_weight, grad_bias, None, None, None, None
+        return grad_hidden.mul_(upstream[0].to(accurate(dtype))), grad_weight, grad_bias, None, None, None, None, None
 
 
 def _losses(logits: Tensor, targets: Tensor, weights: Tensor, vocabulary: Vocabulary, smoothing: float) -> Tensor:

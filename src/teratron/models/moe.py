@@ -89,8 +89,19 @@ class Router(Leaf):
     def choose(self, scores_BSE: Tensor) -> Tensor:
         """The best experts of each token."""
         shifted = scores_BSE if self.bias is None else scores_BSE + self.bias
+        if self.config.router_groups > 1:
+            shifted = self.within_groups(shifted)
         # topk promises no order among equals: a stable sort does, so that every layout chooses alike
         return shifted.sort(dim=-1, descending=True, stable=True).indices[..., : self.config.experts_per_token]
+
+    def within_groups(self, scores_BSE: Tensor) -> Tensor:
+        """The scores of each token's best groups of experts, minus infinity elsewhere (DeepSeek-AI 2024: V2 and V3)."""
+        grouped = scores_BSE.unflatten(-1, (self.config.router_groups, -1))
+        counted = min(1 if self.config.router == "softmax" else 2, grouped.shape[-1])
+        best = grouped.sort(dim=-1, descending=True).values[..., :counted].sum(-1)
+        chosen = best.sort(dim=-1, descending=True, stable=True).indices[..., : self.config.groups_per_token]
+        usable = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, chosen, True)
+        return grouped.masked_fill(~usable.unsqueeze(-1), -math.inf).flatten(-2)
 
     def gates(self, scores_BSE: Tensor, experts_BSC: Tensor) -> Tensor:
         gates_BSC = scores_BSE.gather(-1, experts_BSC)

@@ -92,9 +92,9 @@ def flops_per_token(model: Model, seq_length: int, predicted: float = 1.0) -> fl
     """Floating-point operations of one token's forward and backward pass.
 
     6 for each weight of a matrix product (the output projection included, the embedding look-up not; of stacked experts those
-    that one token is sent to) and 12 for each feature of a key that a query sees; recomputation is never counted. Without a window
-    that is the causal half of the attention products, as Megatron-LM counts. predicted: the share of tokens that are predicted; no
-    others cost an output projection.
+    that one token is sent to) and 6 for each feature of a key or value that a query sees; recomputation is never counted. Without a
+    window that is the causal half of the attention products, as Megatron-LM counts. predicted: the share of tokens that are predicted;
+    no others cost an output projection.
     """
     config = model.config
     tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
@@ -107,4 +107,4 @@ def flops_per_token(model: Model, seq_length: int, predicted: float = 1.0) -> fl
     layers = [*range(config.layers), *[config.layers - 1] * (config.predict_tokens - 1)]
     patterns = [FULL if config.attends_everywhere(layer) else pattern_of(config) for layer in layers]
     seen = sum(keys_seen(pattern, model.streams[""], seq_length) for pattern in patterns)
-    return 6.0 * weights + 12.0 * config.heads * config.head_features * seen
+    return 6.0 * weights + 6.0 * config.heads * (config.key_features + config.value_features) * seen

@@ -46,6 +46,7 @@ RESIDUAL_NORM = Cut(_R, _R)
 EMBEDDING: Plan = {
     "tokens": Cut(_W, _R, {"weight": 0}),
     "positions": Cut(_W, _R),
+    "waves": Cut(_W, _R),
     "types": Cut(_W, _R),
     "norm": RESIDUAL_NORM,
     "dropout": Cut(_R, _R),
@@ -56,6 +57,13 @@ ATTENTION: Plan = {
     "kv": Cut(_R, _F, {"weight": 0, "bias": 0}, shareable=("k", "v")),
     "q_norm": Cut(_F, _F),
     "k_norm": Cut(_F, _F),
+    "q_down": Cut(_R, _R),
+    "q_down_norm": RESIDUAL_NORM,
+    "q_up": Cut(_R, _F, {"weight": 0}),
+    "kv_down": Cut(_R, _R),
+    "kv_down_norm": RESIDUAL_NORM,
+    "kv_up": Cut(_R, _F, {"weight": 0}),
+    "spread": Cut(_R, _F),
     "core": Cut(_F, _F),
     "output": Cut(_F, _R, {"weight": 1}),
 }
@@ -89,6 +97,7 @@ def block_plan(path: str, cross: bool = False) -> dict[str, Cut]:
     """A block's rows: self-attention, with `cross` attention to the encoder's memory, feed-forward or a mixture of experts."""
     rows: dict[str, Cut] = {}
     for name in ("attention", "cross_attention") if cross else ("attention",):
-        rows |= {f"{path}.{name}_norm": RESIDUAL_NORM, f"{path}.{name}_dropout": Cut(_R, _R), **under(f"{path}.{name}", ATTENTION)}
-    rows |= {f"{path}.ffn_norm": RESIDUAL_NORM, f"{path}.ffn_dropout": Cut(_R, _R)}
+        rows |= under(f"{path}.{name}", ATTENTION)
+    for name in ("attention", "cross_attention", "ffn") if cross else ("attention", "ffn"):
+        rows |= {f"{path}.{name}_{norm}": RESIDUAL_NORM for norm in ("norm", "output_norm")} | {f"{path}.{name}_dropout": Cut(_R, _R)}
     return rows | under(f"{path}.ffn", FEED_FORWARD) | under(f"{path}.ffn", MIXTURE)

@@ -63,11 +63,24 @@ class Sight:
         everywhere = self.pattern == FULL and self.order is None and self.key_order is None
         if everywhere and not (self.causal and self.segments is not None):
             return None
-        of_queries = torch.arange(queries, device=device)[None] if self.order is None else self.order
-        of_keys = torch.arange(keys, device=device)[None] if self.key_order is None else self.key_order
+        of_queries, of_keys = self.places(queries, keys, device)
         query, key = of_queries[:, :, None], of_keys[:, None, :]
         near = self.pattern.sees(query, key) & ((key >= 0) | (query < 0))
         return (near & (key <= query) if self.causal else near).unsqueeze(1)
+
+    def places(self, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of queries and keys, int64 [B or 1, S] and [B or 1, T]."""
+        of_queries = torch.arange(queries, device=device)[None] if self.order is None else self.order
+        return of_queries, torch.arange(keys, device=device)[None] if self.key_order is None else self.key_order
+
+    def fall(self, slopes_N: Tensor, queries: int, keys: int) -> Tensor:
+        """What is added to scores that fall with the distance, [B or 1, N, S, T], minus infinity where nothing is seen."""
+        of_queries, of_keys = self.places(queries, keys, slopes_N.device)
+        apart = of_keys[:, None, None, :] - of_queries[:, None, :, None]
+        mask = self.mask(queries, keys, slopes_N.device)
+        seen = apart <= 0 if mask is None and self.causal else mask
+        fall = slopes_N[:, None, None] * apart
+        return fall if seen is None else fall.masked_fill(~seen, -torch.inf)
 
     def tiles(self, queries: int, keys: int, most_rows: int) -> tuple[Tiles, ...]:
         """Tiles to compute in place of all pairs of a query and a key; none where they would not be half the work."""

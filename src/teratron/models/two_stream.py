@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from teratron.config import ModelConfig
-from teratron.models.attention import AttentionCore
-from teratron.models.blocks import Block, heads_of
+from teratron.models.attention import AttentionCore, heads_of
+from teratron.models.blocks import Block
 from teratron.models.leaves import Leaf, Linear, Part, accurate
 from teratron.models.plan import FEED_FORWARD, RESIDUAL_NORM, Cut, Layout, Plan, under
 from teratron.models.units import Shared, State
@@ -144,15 +144,14 @@ class TwoStreamBlock(Block):
 
     def __init__(self, config: ModelConfig, layer: int, site: str) -> None:
         super().__init__(config, layer, site)
-        self.attention = TwoStreamAttention(config, f"{site}.attention")  # type: ignore[assignment]
+        self.attention = TwoStreamAttention(config, f"{site}.attention")
 
     def forward(self, state: State, shared: Streams) -> State:  # type: ignore[override]
-        mixed = self.attention({name: self._before(self.attention_norm, state[name]) for name in shared.views}, shared)
+        mixed = self.attention({name: self._before("attention", state[name]) for name in shared.views}, shared)
         made = {}
         for name, view in shared.views.items():
-            hidden = self._after(self.attention_norm, state[name] + self.attention_dropout(mixed[name], view.keys))
-            fed = self.ffn(self._before(self.ffn_norm, hidden))
-            made[name] = self._after(self.ffn_norm, hidden + self.ffn_dropout(fed, view.keys))
+            hidden = self._added("attention", state[name], mixed[name], view.keys)
+            made[name] = self._added("ffn", hidden, self.ffn(self._before("ffn", hidden)), view.keys)
         return {**state, **made}
 
 

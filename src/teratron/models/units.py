@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from teratron.config import ModelConfig
 from teratron.models.leaves import accurate
 from teratron.models.patterns import pattern_of
 from teratron.models.plan import Plan
+from teratron.models.positions import rotary
 from teratron.models.random import mask_keys
 from teratron.models.sight import Sight
 
@@ -44,7 +44,7 @@ class Shared:
     positions: Tensor
     """int64 [B, S]."""
     rotary: tuple[Tensor, Tensor] | None
-    """cos and sin [B, 1, S, D / 2], or None."""
+    """cos and sin [B, 1, S, rotated features / 2], or None."""
     sight: Sight
     """What self-attention may see."""
     keys: Tensor | None
@@ -112,22 +112,13 @@ class Model(nn.Module):
             given=mask,
         )
         positions = state[f"{stream}positions"]
-        return Shared(positions, self.rotary(positions), sight, mine["keys"], cache, real=real_tokens(state, stream))
+        turned = rotary(self.config, positions, accurate(next(self.parameters()).dtype))
+        return Shared(positions, turned, sight, mine["keys"], cache, real=real_tokens(state, stream))
 
     def sent(self, state: State) -> State:
         """A state without the coordinates."""
         own = {f"{stream}{name}" for stream in self.streams for name in COORDINATES}
         return {name: tensor for name, tensor in state.items() if name not in own}
-
-    def rotary(self, positions_BS: Tensor) -> tuple[Tensor, Tensor] | None:
-        """cos and sin of each position's angles, [B, 1, S, D / 2] (Su et al. 2021)."""
-        if self.config.position != "rope":
-            return None
-        dtype = accurate(next(self.parameters()).dtype)
-        exponents = torch.arange(0, self.config.head_features, 2, dtype=dtype, device=positions_BS.device)
-        frequencies = 1 / self.config.rope_theta ** (exponents / self.config.head_features)  # the field's rounding, bit for bit
-        angles = positions_BS[:, None, :, None].to(dtype) * frequencies
-        return angles.cos(), angles.sin()
 
 
 def real_tokens(tensors: Mapping[str, Tensor], stream: str) -> Tensor | None:

@@ -12,9 +12,11 @@ from teratron.config import ModelConfig, UserError
 from teratron.models import Model, Part, build_model
 from teratron.models.attention import AttentionCore
 from teratron.models.head import LanguageHead
+from teratron.models.latent import Spread
 from teratron.models.leaves import Dropout, Embedding, Leaf, Linear, Norm
 from teratron.models.moe import Router
 from teratron.models.plan import Cut, Layout, Plan
+from teratron.models.positions import Waves
 from teratron.models.two_stream import HeadBias
 from teratron.parallel.mesh import Group, Mesh
 from teratron.parallel.twins import (
@@ -23,6 +25,8 @@ from teratron.parallel.twins import (
     SequenceDropout,
     SequenceEmbedding,
     SequenceHead,
+    SequenceWaves,
+    TensorSpread,
     VocabularyEmbedding,
     VocabularyHead,
     even_share,
@@ -63,7 +67,7 @@ class _Surgeon:
         """Tables of tokens by the identity of what they were before, for the heads that are tied to them."""
 
     def apply(self) -> None:
-        leaves = (Leaf, Dropout, AttentionCore)
+        leaves = (Leaf, Dropout, AttentionCore, Spread, Waves)
         for path, leaf in [(path, module) for path, module in self.model.named_modules() if isinstance(module, leaves)]:
             twin = self.twin(leaf, find_cut(self.model.plan, path))
             if twin is not leaf:
@@ -95,6 +99,10 @@ class _Surgeon:
             return SequenceDropout(leaf, self.group)
         if isinstance(leaf, HeadBias):
             leaf.hold(self.pieces(leaf, cut))
+        if isinstance(leaf, Waves) and self.sequence:
+            return SequenceWaves(leaf, self.group)
+        if isinstance(leaf, Spread):
+            return TensorSpread(self.group, self.sequence)
         if isinstance(leaf, AttentionCore):
             leaf.place, leaf.shares = self.group.rank, self.group.size
         if isinstance(leaf, (Norm, Embedding, Router, Linear, LanguageHead)):

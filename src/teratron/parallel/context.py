@@ -60,6 +60,7 @@ class RingAttention(AttentionCore):
     def __init__(self, leaf: AttentionCore, group: Group) -> None:
         nn.Module.__init__(self)
         self.dropout, self.site, self.place, self.shares, self.group = leaf.dropout, leaf.site, leaf.place, leaf.shares, group
+        self.cap, self.falls = leaf.cap, leaf.falls
 
     def forward(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, sight: Sight, keys: Tensor | None) -> Tensor:
         return _ring(q_BNSD, k_BKTD, v_BKTD, self, sight, keys)
@@ -70,6 +71,7 @@ class RingAttention(AttentionCore):
         mine, theirs = token_runs(q.shape[2] * ranks, ranks, self.group.rank, True), token_runs(total, ranks, rank, True)
         tiles = tiles_of(sight.pattern, sight.causal, mine, theirs, most_rows(q.device))
         places = token_places(total, ranks, rank, True).to(q.device)
+        of_queries = token_places(q.shape[2] * ranks, ranks, self.group.rank, True).to(q.device)
         segments = sight.whole_segments if sight.key_segments is None else sight.key_segments
         dropped = self.dropped(keys, q.shape[1], total)
         return Encounter(
@@ -77,6 +79,7 @@ class RingAttention(AttentionCore):
             sight.segments,
             None if segments is None else segments[:, places],
             None if dropped is None else replace(dropped, of_column=dropped.of_column[places]),
+            self.shape(q, of_queries[None], places[None]),
         )
 
 
@@ -130,7 +133,7 @@ class HeadExchange(AttentionCore):
     """All-to-all: each rank attends with its share of the heads over the whole sequence."""
 
     def __init__(self, leaf: AttentionCore, group: Group) -> None:
-        super().__init__(leaf.dropout, "")
+        super().__init__(leaf.dropout, "", leaf.cap, leaf.falls)
         self.site, self.group = leaf.site, group
         self.place, self.shares = leaf.place * group.size + group.rank, leaf.shares * group.size
 

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from teratron.models.blockwise import capped
 from teratron.models.head import LanguageHead, Vocabulary
+from teratron.models.latent import Spread
 from teratron.models.leaves import Dropout, Embedding, Linear, Part
+from teratron.models.positions import Waves
 from teratron.models.products import product
 from teratron.parallel.collectives import column_product, enter, leave
 from teratron.parallel.mesh import Group, Pending
@@ -65,6 +68,28 @@ class SequenceEmbedding(Embedding):
         return F.embedding(share_of(index, self.group), self.weight)
 
 
+class SequenceWaves(Waves):
+    """Makes the waves of this rank's share of the sequence."""
+
+    def __init__(self, leaf: Waves, group: Group) -> None:
+        super().__init__(leaf.width)
+        self.group = group
+
+    def forward(self, index_BS: Tensor, dtype: torch.dtype) -> Tensor:
+        return super().forward(share_of(index_BS, self.group), dtype)
+
+
+class TensorSpread(Spread):
+    """Hands all tokens' features to every rank, whose heads each have a share of their gradient."""
+
+    def __init__(self, group: Group, sequence: bool) -> None:
+        super().__init__()
+        self.group, self.sequence = group, sequence
+
+    def forward(self, x_BSF: Tensor) -> Tensor:
+        return enter(x_BSF, self.group, self.sequence)
+
+
 class SequenceDropout(Dropout):
     """Drops features of this rank's share of the sequence."""
 
@@ -84,14 +109,14 @@ class VocabularyHead(LanguageHead):
     ) -> None:
         """held: the rows of the vocabulary; pieces: of the leaf's own parts."""
         width, bias = leaf.weight.shape[1], leaf.bias is not None
-        super().__init__(width, most_rows(held, group), leaf.multiple, leaf.std, shared, leaf.name, bias)
+        super().__init__(width, most_rows(held, group), leaf.multiple, leaf.std, shared, leaf.name, bias, leaf.cap)
         self.pieces, self.group, self.sequence = pieces, group, sequence
         self.vocabulary = Vocabulary(held.shape[0], held.offset[0], held.size[0], _in_place(group.sum), _in_place(group.max))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [B, S, V] over the whole vocabulary, joined from all ranks: for generation, without gradients."""
         with torch.no_grad():
-            mine = F.linear(enter(hidden, self.group, self.sequence), self.weight, self.bias)
+            mine = capped(F.linear(enter(hidden, self.group, self.sequence), self.weight, self.bias), self.cap)
             everyone = mine.new_empty(self.group.size, *mine.shape)
             self.group.gather(everyone, mine.contiguous()).wait()
         total, ranks = self.vocabulary.total, self.group.size
