@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 
 from teratron.config import Config, UserError
 from teratron.data.special import SpecialTokens
+from teratron.generate import Sampling, TokenStream
 from teratron.models import build_model, initialise
 from teratron.objectives import NextToken, total_loss
 
@@ -90,6 +93,22 @@ def test_heads_ahead_change_nothing_of_the_next_token() -> None:
         initialise(model, 1)
         logits.append(model.head.output(model(NextToken(config).inputs(batch))["hidden"]))
     assert torch.equal(*logits)
+
+
+def test_generation_passes_the_heads_by() -> None:
+    """With its cache a model with heads says what it says without."""
+    tokens, said = [5, 2, 9, 1, 7], []
+    for places in (3, 1):
+        model = build_model(dataclasses.replace(CONFIG.model, predict_tokens=places), dtype=torch.float64)
+        initialise(model, 1)
+        called: list[object] = []
+        for block in getattr(model.head, "ahead", {}).values():
+            block.register_forward_hook(lambda *seen, called=called: called.append(seen))
+        stream = TokenStream(model.eval(), [tokens], Sampling(temperature=0), 6)
+        said.append([token for step in stream for _, token in step])
+        assert called == []
+    assert len(said[0]) == 6
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize(

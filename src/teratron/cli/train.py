@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
             again = "start the same command again"
         trainer.console.say(f"stopped at step {result.step} of {trainer.config.train.steps}; to go on: {again}")
         return result.stopped
-    trainer.console.say(f"done: {result.step} steps; report in {trainer.run / 'report.html'}; try: {program()} generate {folder}")
+    more = f"; try: {program()} generate {folder}" if trainer.config.model.family == "gpt" else ""
+    trainer.console.say(f"done: {result.step} steps; report in {trainer.run / 'report.html'}{more}")
     return 0
 
 

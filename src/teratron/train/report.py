@@ -190,7 +190,10 @@ def _commands(run: Path, config: dict[str, Any], history: History) -> str:
     steps = 2 * step if step >= goal else goal
     place = shlex.quote(str(run))
     commands = [
-        ("Write with it", f"teratron generate {place} {shlex.quote(prompt or 'Once upon a time')}"),
+        (
+            "Write with it",
+            f"teratron generate {place} {shlex.quote(prompt or 'Once upon a time')}" if config.get("model.family", "gpt") == "gpt" else "",
+        ),
         (
             "Train it further",
             f"teratron train {shlex.quote(str(run / 'config.toml'))} --run {place} --train.steps {steps:.0f}" if steps > 0 else "",
