@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from teratron.config import ModelConfig, OptimConfig, ParallelConfig, UserError
 from teratron.models import FAMILIES, Part, build_model, initialise, load_parts, parts_of
 from teratron.models.attention import AttentionCore
+from teratron.models.latent import Spread
 from teratron.models.leaves import Dropout, Leaf
 from teratron.models.moe import Dispatch
+from teratron.models.positions import Waves
 from teratron.optim import build_optimizer
 from teratron.parallel.apply import cut_model, cut_part, find_cut, materialise
 from teratron.parallel.flat import FlatModel
@@ -32,11 +34,17 @@ LLAMA = dataclasses.replace(
 )
 MIXTURE = dataclasses.replace(LLAMA, experts=4, experts_per_token=2, shared_experts=1)
 BERT = dataclasses.replace(GPT2, norm_place="post", token_types=2, embedding_norm=True, head_transform=True, pooler=True)
-XLNET: dict[str, Any] = {
-    **{"position": "transformer_xl", "kv_heads": 0, "qk_norm": False, "token_types": 0, "pooler": False},
-    **{"experts": 0, "shared_experts": 0},
+LATENT = dataclasses.replace(GPT2, position="rope", latent=6, latent_query=10, rope_dim=4)
+SANDWICHED = dataclasses.replace(GPT2, position="sinusoidal", norm_place="sandwich")
+PLAIN: dict[str, Any] = {"latent": 0, "latent_query": 0, "rope_dim": 0}
+LACKS: dict[str, dict[str, Any]] = {
+    "encoder_decoder": PLAIN,
+    "xlnet": {
+        **{**PLAIN, "position": "transformer_xl", "kv_heads": 0, "qk_norm": False, "experts": 0, "shared_experts": 0},
+        **{"token_types": 0, "pooler": False, "norm_place": "pre"},
+    },
 }
-"""What a style lacks in that family, and has instead."""
+"""What a style lacks in a family, and has instead."""
 UNCUT = {GPT2: {"positions"}, LLAMA: set(), BERT: {"positions", "types", "transform", "pooler", "sentence"}}
 """Matrices of each style that are small beside those of a block, and lie on every rank."""
 SMALL = ("embedding.positions.weight", "bridge.embedding.positions.weight", "embedding.query.weight")
@@ -46,11 +54,12 @@ QUICK = settings(deadline=None, max_examples=20, suppress_health_check=[HealthCh
 
 
 def config_of(style: ModelConfig, family: str) -> ModelConfig:
-    return dataclasses.replace(style, family=family, **(XLNET if family == "xlnet" else {}))
+    return dataclasses.replace(style, family=family, **LACKS.get(family, {}))
 
 
 def leaves_of(model: nn.Module) -> list[str]:
-    return [path for path, module in model.named_modules() if isinstance(module, (Leaf, Dropout, AttentionCore, Dispatch))]
+    kinds = (Leaf, Dropout, AttentionCore, Dispatch, Waves, Spread)
+    return [path for path, module in model.named_modules() if isinstance(module, kinds)]
 
 
 # Plans
@@ -69,12 +78,14 @@ def test_every_leaf_has_exactly_one_row(style: ModelConfig, family: str) -> None
 @FAMILY
 def test_every_row_is_some_leafs(family: str) -> None:
     """In one of the styles; an attention to the memory has q and kv instead of qkv, and no norms of heads."""
-    styles = [dataclasses.replace(style, predict_tokens=2) for style in (GPT2, LLAMA, MIXTURE, BERT)]
+    styles = [dataclasses.replace(style, predict_tokens=2) for style in (GPT2, LLAMA, MIXTURE, BERT, LATENT, SANDWICHED)]
     paths = {path for style in styles for path in leaves_of(build_model(config_of(style, family), device="meta"))}
     plan = FAMILIES[family].plan
     unused = {pattern for pattern in plan if not any(alike(pattern, path) for path in paths)}
-    self_only, cross_only = {"qkv", "q_norm", "k_norm"}, {"q", "kv"}
+    latent = {"q_down", "q_down_norm", "q_up", "kv_down", "kv_down_norm", "kv_up", "spread"}
+    self_only, cross_only = {"qkv", "q_norm", "k_norm"} | latent, {"q", "kv"}
     either = {row for row in unused if row.rpartition(".")[2] in (self_only if ".cross_attention." in row else cross_only)}
+    either |= {row for row in unused if row.rpartition(".")[2] in latent and family == "encoder_decoder"}
     assert unused == either
 
 
