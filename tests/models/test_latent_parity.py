@@ -43,6 +43,24 @@ V3 = made(LATENT, router="sigmoid", router_balance="bias", gate_scale=2.5)
 MODELS: dict[str, tuple[str, dict[str, Any], ModelConfig]] = {
     "Mixtral": ("Mixtral", MIXTRAL, made(BASE, ffn=40, kv_heads=2, experts=5, norm_eps=1e-5, rope_theta=1e6)),
     "DeepseekV3": ("DeepseekV3", DEEPSEEK, V3),
+    "DeepseekV2": (
+        "DeepseekV2",
+        {**DEEPSEEK, "topk_method": "group_limited_greedy", "head_dim": 8, "routed_scaling_factor": 1.5, "q_lora_rank": None},
+        made(LATENT, latent_query=0, normalise_gates=False, gate_scale=1.5),
+    ),
+    "Qwen3Moe": (
+        "Qwen3Moe",
+        {
+            **SIZES,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "moe_intermediate_size": 24,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+        },
+        made(BASE, kv_heads=2, head_dim=16, qk_norm=True, experts=6, experts_per_token=3, expert_ffn=24),
+    ),
     "DeepseekV3-yarn": (
         "DeepseekV3",
         {**DEEPSEEK, "q_lora_rank": None, "rope_parameters": YARN},
@@ -74,6 +92,7 @@ LINEAR = {
     "self_attn.q_proj": "attention.q", "self_attn.k_proj": "attention.k", "self_attn.v_proj": "attention.v",
     "self_attn.o_proj": "attention.output", "self_attn.q_a_proj": "attention.q_down", "self_attn.q_a_layernorm": "attention.q_down_norm",
     "self_attn.q_b_proj": "attention.q_up", "self_attn.kv_a_layernorm": "attention.kv_down_norm", "self_attn.kv_b_proj": "attention.kv_up",
+    "self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm",
     "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate.weight": "ffn.router.weight",
     "mlp.gate.e_score_correction_bias": "ffn.router.bias", "mlp.experts.down_proj": "ffn.experts.down.weight",
     "mlp.shared_experts": "ffn.shared", "mlp.gate_proj": "ffn.gate", "mlp.up_proj": "ffn.up", "mlp.down_proj": "ffn.down",

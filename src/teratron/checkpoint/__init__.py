@@ -3,7 +3,8 @@
 from teratron.checkpoint.open import LoadedModel, find_checkpoint, open_model
 from teratron.checkpoint.reader import Checkpoint, checkpoint_folders, newest_checkpoint, open_checkpoint
 from teratron.checkpoint.training import TrainingState, load_training, save_training, saved_state
-from teratron.checkpoint.weights import read_weights, write_weights
+from teratron.checkpoint.upcycle import upcycle
+from teratron.checkpoint.weights import read_weights, weights_for, write_weights
 
 __all__ = [
     "Checkpoint",
@@ -18,5 +19,7 @@ __all__ = [
     "read_weights",
     "save_training",
     "saved_state",
+    "upcycle",
+    "weights_for",
     "write_weights",
 ]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +19,43 @@ from teratron.checkpoint.manifest import StoredTensor, whole
 from teratron.checkpoint.reader import Checkpoint
 from teratron.checkpoint.stream import Entry, write_safetensors
 from teratron.checkpoint.tensors import TensorFiles
-from teratron.config import Config, UserError
+from teratron.config import Config, ModelConfig, UserError
 from teratron.config.config import flatten
+from teratron.models import build_model, parts_of
+from teratron.models.parts import check_parts
 
 FORMAT, VERSION = "teratron-weights", "1"
 _WEIGHT = "weight/"
+Change = Callable[[Config, Sequence[Entry]], tuple[Config, list[Entry]]]
+"""Another model made from a run's config and weights."""
 
 
-def write_weights(checkpoint: Checkpoint, output: Path, dtype: torch.dtype | None = None, overwrite: bool = False) -> int:
+def write_weights(
+    checkpoint: Checkpoint, output: Path, dtype: torch.dtype | None = None, overwrite: bool = False, change: Change | None = None
+) -> int:
     """Write a checkpoint's weights, whole and under their parts' names, into one safetensors file; returns its bytes.
 
     Part by part, so that memory holds about the largest one; the file appears when it is complete. Its metadata are `format`,
     `version`, `step` and `config` (JSON).
 
-    Args: dtype: None = as they are stored. Raises `UserError` when the file exists (without overwrite) or cannot be written, and
-    for weights that are too large for the dtype.
+    Args: dtype: None = as they are stored; change: write what it makes of them. Raises `UserError` when the file exists (without
+    overwrite) or cannot be written, and for weights that are too large for the dtype.
     """
     _check_output(output, overwrite)
     weights = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith(_WEIGHT)]
     if not weights:
         raise UserError(f"{checkpoint.folder}: holds no weights; use another checkpoint")
-    config = json.dumps(checkpoint.manifest["config"])
-    metadata = {"format": FORMAT, "version": VERSION, "step": str(checkpoint.step), "config": config}
+    config: Mapping[str, Any] = checkpoint.manifest["config"]
     partial = output.with_name(f".{output.name}.partial")
     try:
-        _check_space(output, sum(tensor.count * (dtype or tensor.dtype).itemsize for tensor in weights))
         with checkpoint.open() as files:
-            written = write_safetensors(partial, list(_entries(files, weights, dtype)), metadata)
+            entries = list(_entries(files, weights, dtype))
+            if change is not None:
+                changed, entries = change(checkpoint.config(), entries)
+                config = tomllib.loads(changed.to_toml())
+            _check_space(output, sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in entries))
+            metadata = {"format": FORMAT, "version": VERSION, "step": str(checkpoint.step), "config": json.dumps(config)}
+            written = write_safetensors(partial, entries, metadata)
         partial.replace(output)
         sync_folder(output.parent)
     except OSError as error:
@@ -117,3 +130,27 @@ def _content(path: Path, metadata: dict[str, str]) -> tuple[Config, int]:
         return Config().override(flatten(config, str(path))), int(metadata["step"])
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: its metadata hold no config and step ({error}); make it again with `teratron convert`") from None
+
+
+LEARNT_OTHERWISE = (
+    "seq_length", "max_positions", "vocab_multiple", "dropout", "attention_dropout", "init_std", "router_balance", "aux_loss", "bias_rate",
+    "z_loss", "capacity",
+)  # fmt: skip
+"""Of `model.*`: what may differ between weights and a run that begins with them, as it does not change what they compute."""
+
+
+def weights_for(path: Path, model: ModelConfig) -> Mapping[str, Tensor]:
+    """The weights that a run of this model begins with, from a file of `teratron convert`, memory-mapped.
+
+    Raises `UserError` for any other file, and where a key says that they belong to another model.
+    """
+    if not path.is_file():
+        raise UserError(f"train.init = {path}: no such file: give one that `teratron convert RUN OUT.safetensors` made")
+    config, _, tensors = read_weights(path)
+    for field in fields(model):
+        found, wanted = getattr(config.model, field.name), getattr(model, field.name)
+        if found != wanted and field.name not in LEARNT_OTHERWISE:
+            name = f"model.{field.name}"
+            raise UserError(f"train.init = {path}: its weights have {name} = {found}, the run {wanted}: set --{name} {found}")
+    check_parts(parts_of(build_model(model, device="meta")), {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    return tensors

@@ -617,6 +617,8 @@ class TrainConfig(Section):
     """Linear layers that stay in bf16: patterns of their names such as `*.attention.*`, and `first` and `last` for those blocks.
 
     Embeddings, the output projection, routers and routed experts always do."""
+    init: str = key("")
+    """A file of `teratron convert` whose weights the run begins with; empty = they are drawn."""
     seed: int = key(1234, at_least(0))
     """Every random number of the run follows from it."""
     stop_after: float = key(0.0, at_least(0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from teratron.config import OptimConfig
-from teratron.models import initial_values
+from teratron.models import Part, initial_values
 from teratron.optim.clipping import clip_adaptively, clip_values, norm_excess
 from teratron.optim.groups import treatment_of
 from teratron.optim.matrices import Matrices, square
@@ -21,6 +21,8 @@ from teratron.parallel.boxes import Piece
 from teratron.parallel.buckets import Bucket, merged
 from teratron.parallel.flat import FlatModel
 
+Values = Callable[[Part, int, tuple[slice, ...]], Tensor]
+"""Gives the first values of a region of a part, from it, the seed and the index of the region."""
 CACHED = 2**16
 """Elements that stay in a CPU's cache while several operations pass over them."""
 
@@ -160,13 +162,13 @@ class Optimizer:
         """What is owned of a state of the number-th trained bucket; flat: the state, or something of its shape."""
         yield from self.flat.trained[number].pieces(name, flat)
 
-    def initialise(self, seed: int) -> None:
-        """Initial values of all weights, each rank its own slices (contract C8), and fresh states."""
+    def initialise(self, seed: int, values: Values = initial_values) -> None:
+        """First values of all weights, each rank its own slices (contract C8), and fresh states."""
         for bucket in self.flat.buckets:
             for part, boxes, place in bucket.owned():
                 target = bucket.master[place]
                 for box in boxes:
-                    target[: box.count] = initial_values(part, seed, box.slices()).flatten()
+                    target[: box.count] = values(part, seed, box.slices()).flatten()
                     target = target[box.count :]
         for flat in (flat for flats in self.state.values() for flat in flats):
             flat.zero_()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import teratron
-from teratron.checkpoint import TrainingState, load_training, open_checkpoint, saved_state
+from teratron.checkpoint import TrainingState, load_training, open_checkpoint, saved_state, weights_for
 from teratron.checkpoint.agree import agree
 from teratron.checkpoint.format import checkpoint_bytes
 from teratron.checkpoint.machines import find_machines
@@ -25,7 +25,7 @@ from teratron.checkpoint.training import check_data
 from teratron.config import Config, UserError
 from teratron.data.open import open_data
 from teratron.data.samples import KnownTokens, Samples
-from teratron.models import build_model, flops_per_token, parameter_count
+from teratron.models import build_model, flops_per_token, initial_values, parameter_count
 from teratron.objectives import Batch, Tally, build_objective
 from teratron.optim import LossScale, learning_rate, optim_at
 from teratron.parallel.device import DTYPES, choose_device
@@ -157,11 +157,17 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint | None) -> None:
         """Weights, moments and loss scale where `state` says that the run stands; without a checkpoint as it begins."""
         if checkpoint is None:
-            self.optimizer.initialise(self.config.train.seed)
+            self._begin()
         else:
             load_training(checkpoint, self.optimizer.pieces(), self.mesh.control)
             self.optimizer.publish()
         self.loss_scale = self.state.loss_scale or LossScale.start(self.config.optim, self.config.train.precision)
+
+    def _begin(self) -> None:
+        """Weights of a new run: drawn, or those of `train.init`."""
+        init, model = self.config.train.init, self.config.model
+        given = self._together(lambda: weights_for(Path(init), model)) if init else None
+        self.optimizer.initialise(self.config.train.seed, initial_values if given is None else lambda part, _, box: given[part.name][box])
 
     def _newest(self, config: Config) -> Checkpoint | None:
         """The newest good checkpoint."""
