@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A test is right or wrong however busy the machine is.
+settings.register_profile("no clocks", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.load_profile("no clocks")
 
 
 @pytest.fixture(scope="session")
