@@ -22,6 +22,7 @@ from machine import add_line, facts
 from teratron.checkpoint import LoadedModel, open_model
 from teratron.config import Config, UserError
 from teratron.generate import ContrastiveSearch, ContrastiveStream, Sampling, TokenStream
+from teratron.models import GPT
 from teratron.tasks.degeneration import diversity, judge, repetition
 from teratron.train import Trainer
 
@@ -105,11 +106,17 @@ def continued(loaded: LoadedModel, prefixes: Rows, how: Sampling | ContrastiveSe
         if isinstance(how, Sampling):
             stream = TokenStream(loaded.model, starts, how, NEW, seeds=range(first, first + len(starts)))
         else:
-            stream = ContrastiveStream(loaded.model, starts, how, NEW)
+            stream = ContrastiveStream(decoder(loaded), starts, how, NEW)
         for step in stream:
             for row, token in step:
                 rows[first + row].append(token)
     return rows
+
+
+def decoder(loaded: LoadedModel) -> GPT:
+    if not isinstance(loaded.model, GPT):
+        raise UserError(f"{loaded.name}: model.family = {loaded.config.family}, expected gpt")
+    return loaded.model
 
 
 def line(system: str, judging: LoadedModel, prefixes: Rows, texts: Rows, perplexity: float | None) -> Line:
@@ -117,7 +124,7 @@ def line(system: str, judging: LoadedModel, prefixes: Rows, texts: Rows, perplex
     if judging.tokenizer is None:
         raise UserError(f"{judging.name}: holds no tokenizer")
     words = [judging.tokenizer.decode(text).split() for text in texts]
-    opinion = judge(judging.model, prefixes, texts)
+    opinion = judge(decoder(judging), prefixes, texts)
     twos, threes, fours = (repetition(words, n) for n in (2, 3, 4))
     return Line(system, twos, threes, fours, diversity(words), opinion.coherence, opinion.perplexity, perplexity)
 

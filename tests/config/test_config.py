@@ -41,10 +41,7 @@ RELATED = (
     "train.spike",
     "data.text",
     "data.valid",
-    "objective.name",
-    "objective.sentence",
-    "objective.mask_rate",
-    "objective.ahead_weight",
+    "objective.",
 )
 """Keys that are checked against another: a random config draws them together, or keeps their default."""
 

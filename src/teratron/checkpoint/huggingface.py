@@ -16,11 +16,14 @@ from torch import Tensor
 
 from teratron.checkpoint.architecture import Architecture, Settings, Source
 from teratron.checkpoint.huggingface_bert import BERTS
+from teratron.checkpoint.huggingface_t5 import ENCODER_DECODERS
 from teratron.config import ModelConfig, UserError
 from teratron.models import build_model, parts_of
 
-_BUFFERS = re.compile(r".*(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq|embeddings\.position_ids)")
-"""Constants that older files hold among the weights: causal masks, rotary frequencies, places."""
+_BUFFERS = re.compile(
+    r".*(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq|embeddings\.position_ids)|final_logits_bias|(en|de)coder\.embed_tokens\.weight"
+)
+"""Constants that files hold among the weights: causal masks, rotary frequencies, places, zeros (BART); and copies of a table of tokens."""
 
 
 def is_huggingface(folder: Path) -> bool:
@@ -222,4 +225,5 @@ _ARCHITECTURES = {
     "GPT2LMHeadModel": Architecture("gpt2", "transformer.", _gpt2_config, _gpt2_sources),
     "LlamaForCausalLM": Architecture("llama", "model.", _llama_config, _llama_sources),
     **BERTS,
+    **ENCODER_DECODERS,
 }

@@ -15,7 +15,7 @@ from teratron.checkpoint.tensors import fill_pieces
 from teratron.checkpoint.weights import read_weights
 from teratron.config import Config, ModelConfig, UserError, nearest
 from teratron.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from teratron.models import GPT, load_parts, parts_of
+from teratron.models import GPT, EncoderDecoder, load_parts, parts_of
 from teratron.models.parts import check_parts
 from teratron.parallel.apply import cut_model, materialise
 from teratron.parallel.boxes import Box, Piece
@@ -26,7 +26,7 @@ from teratron.parallel.mesh import Mesh, check_cut
 class LoadedModel:
     """A model with its weights, ready to use."""
 
-    model: GPT
+    model: GPT | EncoderDecoder
     config: ModelConfig
     tokenizer: Tokenizer | None
     name: str
@@ -97,17 +97,19 @@ def _native(config: Config) -> torch.dtype:
     return torch.float64 if config.train.precision == "fp64" else torch.float32
 
 
-def _empty(config: ModelConfig, device: str | torch.device, dtype: torch.dtype, mesh: Mesh) -> GPT:
+def _empty(config: ModelConfig, device: str | torch.device, dtype: torch.dtype, mesh: Mesh) -> GPT | EncoderDecoder:
     """A model, or this rank's share of it, filled with zeros."""
     check_cut(config, mesh.tensor.size, f"--nproc {mesh.tensor.size}")
     model = cut_model(config, mesh, dtype=dtype)
-    if not isinstance(model, GPT) or not model.streams[""]:
-        raise UserError(f"model.family = {config.family} does not continue text: choose a run or checkpoint of model.family = gpt")
+    if not isinstance(model, (GPT, EncoderDecoder)) or not model.streams[""]:
+        raise UserError(
+            f"model.family = {config.family} does not continue text: choose a run or checkpoint of model.family = gpt or encoder_decoder"
+        )
     materialise(model, device)
     return model.eval()
 
 
-def _fill(model: GPT, checkpoint: Checkpoint) -> None:
+def _fill(model: GPT | EncoderDecoder, checkpoint: Checkpoint) -> None:
     """Read the weights, however they were cut."""
     prefix, parts = "weight/", parts_of(model)
     stored = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}

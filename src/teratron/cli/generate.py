@@ -153,7 +153,7 @@ def _stream(loaded: LoadedModel, prompt: str, request: Request) -> None:
 
     start = time.perf_counter()
     stream = TextStream(loaded, [encode(tokenizer_of(loaded), prompt)], request, [request.seed])
-    print(prompt, end="", flush=True)
+    print(prompt, end=_between(loaded), flush=True)
     first = None
     for step in stream:
         first = first or time.perf_counter()
@@ -173,7 +173,7 @@ def _complete(loaded: LoadedModel, prompts: list[str], request: Request, output:
     with open(output, "w", encoding="utf-8") if output else contextlib.nullcontext(sys.stdout) as sink:
         for number, done in enumerate(results, 1):
             tokens += len(done.tokens)
-            print(_json(done) if output else _shown(done, number, total), file=sink, flush=True)
+            print(_json(done) if output else _shown(done, number, total, _between(loaded)), file=sink, flush=True)
     seconds = time.perf_counter() - start
     _note(f"{tokens:,} tokens in {total} continuations, {tokens / seconds:,.0f} tokens/s" + (f"; written to {output}" if output else ""))
 
@@ -182,9 +182,14 @@ def _json(done: Completion) -> str:
     return json.dumps({"prompt": done.prompt, "text": done.text, "tokens": done.tokens, "seed": done.seed}, ensure_ascii=False)
 
 
-def _shown(done: Completion, number: int, total: int) -> str:
+def _between(loaded: LoadedModel) -> str:
+    """What stands between a prompt and its text: an answer is no continuation."""
+    return "\n" if loaded.config.family == "encoder_decoder" else ""
+
+
+def _shown(done: Completion, number: int, total: int, between: str) -> str:
     heading = f"--- {number} of {total}, seed {done.seed}\n" if total > 1 else ""
-    return f"{heading}{done.prompt}{done.text}"
+    return f"{heading}{done.prompt}{between}{done.text}"
 
 
 def _note(text: str) -> None:

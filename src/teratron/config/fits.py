@@ -9,7 +9,15 @@ from teratron.config.errors import UserError
 if TYPE_CHECKING:
     from teratron.config.config import Config
 
-FITS = {"next_token": ("gpt", "xlnet"), "masked": ("encoder",), "permuted": ("xlnet",)}
+FITS = {
+    "next_token": ("gpt", "xlnet"),
+    "masked": ("encoder",),
+    "permuted": ("xlnet",),
+    "span_corruption": ("encoder_decoder", "gpt"),
+    "denoising": ("encoder_decoder",),
+    "prefix": ("gpt",),
+    "ul2": ("encoder_decoder", "gpt"),
+}
 """The families that each objective fits."""
 
 
@@ -25,6 +33,8 @@ def check_fit(config: Config) -> None:
         _check_other_sides(config)
     if objective == "masked":
         _check_masked(config)
+    if objective in ("span_corruption", "denoising", "prefix", "ul2"):
+        _check_rewriting(config)
     _check_stretches(config)
 
 
@@ -66,4 +76,16 @@ def _check_masked(config: Config) -> None:
     if data.isolate_documents and sentence != "none":
         raise UserError(
             f"data.isolate_documents with objective.sentence = {sentence}, whose samples are of one document anyway: leave the first out"
+        )
+
+
+def _check_rewriting(config: Config) -> None:
+    name, model = config.objective.name, config.model
+    if config.data.isolate_documents:
+        raise UserError(
+            f"data.isolate_documents concerns objective.name = next_token and masked; {name} rewrites a whole row: leave it out"
+        )
+    if model.family == "gpt" and model.position == "alibi":
+        raise UserError(
+            f"model.position = alibi has no scores for later tokens, which objective.name = {name} lets a gpt see: choose rope or relative"
         )

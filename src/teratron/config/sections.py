@@ -20,8 +20,8 @@ class ModelConfig(Section):
     section: ClassVar[str] = "model"
 
     family: Literal["gpt", "encoder", "encoder_decoder", "xlnet"] = key("gpt")
-    """Model family: gpt = decoder only; encoder (BERT, RoBERTa); xlnet (XLNet, Transformer-XL); encoder_decoder (T5) is built from
-    Python."""
+    """Model family: gpt = decoder only; encoder (BERT, RoBERTa); xlnet (XLNet, Transformer-XL); encoder_decoder (T5, BART), layers of
+    each."""
     layers: int = key(12, at_least(1))
     """Transformer blocks."""
     hidden: int = key(768, at_least(1))
@@ -52,11 +52,15 @@ class ModelConfig(Section):
     attention's (GPT-J, PaLM)."""
     norm_eps: float = key(1e-5, above(0))
     """Added to the variance inside a norm."""
-    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] = key("gelu")
-    """Feed-forward activation; swiglu and geglu add a gate projection."""
-    position: Literal["learned", "sinusoidal", "rope", "alibi", "transformer_xl", "none"] = key("learned")
-    """How positions enter: a learned table, waves (Vaswani et al. 2017), rotary embedding (halves rotated), alibi = scores that fall with
-    the distance (Press et al. 2022; decoders only), sinusoids of distances (xlnet), or not at all."""
+    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu", "geglu_tanh"] = key("gelu")
+    """Feed-forward activation; swiglu, geglu and geglu_tanh (T5 1.1) add a gate projection."""
+    position: Literal["learned", "sinusoidal", "rope", "relative", "alibi", "transformer_xl", "none"] = key("learned")
+    """How positions enter: a learned table, waves (Vaswani et al. 2017), rotary embedding (halves rotated), relative = T5's biases of
+    attention, alibi = scores that fall with the distance (Press et al. 2022; decoders only), sinusoids of distances (xlnet), or none."""
+    relative_buckets: int = key(32, at_least(4))
+    """Distances that position = relative tells apart, in encoders half of them for later tokens; far ones share a bucket."""
+    relative_distance: int = key(128, at_least(2))
+    """Distance from which on all are the same to position = relative, in tokens."""
     position_offset: int = key(0, at_least(0))
     """Number of the first row of the learned table that is used, which has so many rows more (RoBERTa: 2)."""
     token_types: int = key(0, at_least(0))
@@ -86,6 +90,10 @@ class ModelConfig(Section):
     """Multiply token embeddings by sqrt(hidden) (Vaswani et al. 2017, Gemma)."""
     output_cap: float = key(0.0, at_least(0))
     """Bound of the output's logits, which become cap * tanh(logit / cap) (Gemma 2: 30); 0 = none."""
+    scale_output: bool = key(False)
+    """Divide the last features by sqrt(hidden) before the output projection (T5 with tied embeddings)."""
+    scale_attention: bool = key(True)
+    """Divide attention's scores by sqrt(head_dim); false = initial queries are so much smaller instead (T5)."""
     head_transform: bool = key(False)
     """A dense layer, the activation and a norm before the output projection, which then has biases (BERT)."""
     pooler: bool = key(False)
@@ -129,6 +137,8 @@ class ModelConfig(Section):
     """Probability of dropping an attention weight (slower: the fused kernels draw their own numbers, so they are not used)."""
     init_std: float = key(0.02, at_least(0))
     """Standard deviation of initial weights; output projections of blocks divide it by sqrt(2 * layers)."""
+    embedding_std: float = key(0.0, at_least(0))
+    """Standard deviation of initial token embeddings; 0 = init_std (T5: 1)."""
     mup_base: int = key(0, at_least(0))
     """Width at which the hyper-parameters were found: they then hold at model.hidden (maximal update parametrisation); 0 = off."""
     mup_base_head: int = key(0, at_least(0))
@@ -196,10 +206,23 @@ class ModelConfig(Section):
             )
         if self.mup_base_head and not self.mup_base:
             raise UserError(f"model.mup_base_head = {self.mup_base_head} without model.mup_base: set both, or leave it out")
+        self._check_relative()
         self._check_pattern()
         self._check_distances()
         self._check_experts()
         check_variants(self)
+
+    def _check_relative(self) -> None:
+        if self.relative_distance <= self.relative_buckets // 2:
+            raise UserError(
+                f"model.relative_distance = {self.relative_distance} is within the distances that half of model.relative_buckets = "
+                f"{self.relative_buckets} tell apart: raise the first or lower the second"
+            )
+        if self.mup_base_head and not self.scale_attention:
+            raise UserError(
+                f"model.mup_base_head = {self.mup_base_head} scales attention's scores, which model.scale_attention = false leaves as they "
+                "are: leave one of them out"
+            )
 
     def _check_pattern(self) -> None:
         usual = {"pattern": "window", "dilation": 1, "summary": 1, "global_tokens": 0, "global_every": 0}
@@ -320,11 +343,28 @@ class ModelConfig(Section):
     @property
     def query_factor(self) -> float:
         """Of queries, beside the usual 1 / sqrt(head features)."""
+        if not self.scale_attention:
+            return math.sqrt(self.head_features)
         return math.sqrt(self.mup_base_head / self.head_features) if self.mup_base_head else 1.0
 
     def attends_everywhere(self, layer: int) -> bool:
         """Whether a block (from 0) has no window, though the model has."""
         return self.global_every > 0 and (layer + 1) % self.global_every == 0
+
+    @property
+    def query_std(self) -> float:
+        """Standard deviation of initial values of the matrices that make queries."""
+        return self.matrix_std if self.scale_attention else self.matrix_std / math.sqrt(self.head_features)
+
+    @property
+    def table_std(self) -> float:
+        """Standard deviation of initial token embeddings."""
+        return self.embedding_std or self.init_std
+
+    @property
+    def output_factor(self) -> float:
+        """Of the last features, before the output projection."""
+        return (1 / math.sqrt(self.hidden) if self.scale_output else 1.0) / self.widening
 
     @property
     def expert_width(self) -> int:
@@ -353,7 +393,7 @@ class ModelConfig(Section):
 
     @property
     def gated(self) -> bool:
-        return self.activation in ("swiglu", "geglu")
+        return self.activation in ("swiglu", "geglu", "geglu_tanh")
 
 
 @dataclass(frozen=True)
@@ -400,9 +440,12 @@ class ObjectiveConfig(Section):
 
     section: ClassVar[str] = "objective"
 
-    name: Literal["next_token", "masked", "permuted"] = key("next_token")
+    name: Literal["next_token", "masked", "permuted", "span_corruption", "denoising", "prefix", "ul2"] = key("next_token")
     """next_token = predict each token from those before it (gpt, xlnet); masked = predict hidden tokens from both sides (encoder);
-    permuted = predict tokens in a random order, each from the given ones and those before it in that order (xlnet)."""
+    permuted = predict tokens in a random order, each from the given ones and those before it in that order (xlnet).
+
+    span_corruption = write the spans that a text lacks (T5); denoising = write a text that was corrupted (BART); prefix = go on with a
+    text whose beginning is seen from both sides; ul2 = a mixture of denoisers. A gpt reads and writes one sequence."""
     label_smoothing: float = key(0.0, between(0, 1))
     """Share of the target's probability that is spread over the whole vocabulary in training (evaluation never smooths)."""
     contrastive: float = key(0.0, at_least(0))
@@ -422,6 +465,15 @@ class ObjectiveConfig(Section):
     """How likely a run of n words is: as 1 / n (ALBERT, Megatron-LM), or as 0.8^n (SpanBERT)."""
     sentence: Literal["none", "next", "order"] = key("none")
     """What masked learns beside: nothing, whether the second of two segments follows the first (BERT), or their order (ALBERT)."""
+
+    noise_density: float = key(0.15, above(0), between(0, 1))
+    """Share of the tokens that span_corruption and denoising take away (BART: 0.3)."""
+    mean_span: float = key(3.0, at_least(1))
+    """Mean length of the spans that they take away, in tokens."""
+    corruption: Literal["infilling", "masking", "deletion"] = key("infilling")
+    """How denoising corrupts: each span becomes one mask, each token becomes a mask, or tokens are deleted."""
+    permute_sentences: bool = key(False)
+    """Denoising also puts the sentences of a sample in another order."""
 
     def most_predicted(self, tokens: int) -> int:
         """How many of so many tokens masked or permuted predicts at most."""

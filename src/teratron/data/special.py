@@ -17,6 +17,9 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "sep": ("[SEP]", "<sep>", "</s>"),
     "pad": ("[PAD]", "<pad>"),
     "unknown": ("[UNK]", "<unk>"),
+    "[R]": ("[R]", "[NLU]"),
+    "[S]": ("[S]", "[S2S]"),
+    "[X]": ("[X]", "[NLG]"),
 }
 """How vocabularies spell a role; a trained tokenizer gets the first. Any other role, such as `<extra_id_0>`, is its own spelling."""
 
@@ -64,6 +67,16 @@ class SpecialTokens:
                 begins[number] = continues if whole_words else piece[:1].isalnum() or piece[:1] == "\ufffd"
                 ends[number] = whole_words or piece[-1:].isalnum() or piece[-1:] == "\ufffd"
         return begins & self.ordinary, ends & self.ordinary
+
+    @cached_property
+    def sentence_ends(self) -> np.ndarray:
+        """bool [vocab_size]: ids whose piece ends a sentence, or a document."""
+        ends = np.zeros(self.vocab_size, bool)
+        for number, piece in enumerate(self.tokenizer.pieces() if self.tokenizer is not None else ()):
+            ends[number] = piece.rstrip()[-1:] in (".", "!", "?")
+        if self.eod is not None:
+            ends[self.eod] = True
+        return ends
 
     def joined(self, tokens: np.ndarray) -> np.ndarray:
         """bool like tokens [..., S]: whether a token goes on with the word of the token before it.

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from teratron.config import UserError
+from teratron.generate.answers import AnswerStream, frame_tokens
 from teratron.generate.contrastive import ContrastiveSearch, ContrastiveStream, chosen_by
 from teratron.generate.engine import TokenStream, room_for
 from teratron.generate.sampler import Sampling
 from teratron.generate.text import Continuation
+from teratron.models import GPT, EncoderDecoder
 from teratron.parallel.device import DTYPES, choose_device
 from teratron.parallel.mesh import Mesh
 
@@ -162,16 +164,9 @@ class TextStream:
     """
 
     def __init__(self, loaded: LoadedModel, prompts: Sequence[list[int]], request: Request, seeds: Sequence[int]) -> None:
-        tokenizer = tokenizer_of(loaded)
-        # A new document begins with bos where there is one: the text before it has ended, as with eod.
-        ends = {token for token in (tokenizer.eod, tokenizer.bos) if token is not None}
-        limit, vocab, how = request.max_new_tokens, tokenizer.vocab_size, request.sampling
-        self.tokens = (
-            TokenStream(loaded.model, prompts, how, limit, ends, seeds, vocab)
-            if isinstance(how, Sampling)
-            else ContrastiveStream(loaded.model, prompts, how, limit, ends, vocab)
-        )
-        self.rows = [Continuation(prompt, tokenizer.decode, request.stop) for prompt in prompts]
+        self.tokens = _token_stream(loaded, prompts, request, seeds)
+        begun = [[]] * len(prompts) if isinstance(loaded.model, EncoderDecoder) else prompts
+        self.rows = [Continuation(prompt, tokenizer_of(loaded).decode, request.stop) for prompt in begun]
 
     def __iter__(self) -> Iterator[list[tuple[int, str]]]:
         for step in self.tokens:
@@ -182,6 +177,21 @@ class TextStream:
                     self.tokens.stop(row)
             yield pieces
         yield [(index, row.finish()) for index, row in enumerate(self.rows)]
+
+
+def _token_stream(loaded: LoadedModel, prompts: Sequence[list[int]], request: Request, seeds: Sequence[int]) -> TokenStream:
+    tokenizer = tokenizer_of(loaded)
+    # A new document begins with bos where there is one: the text before it has ended, as with eod.
+    ends = {token for token in (tokenizer.eod, tokenizer.bos) if token is not None}
+    model, limit, vocab, how = loaded.model, request.max_new_tokens, tokenizer.vocab_size, request.sampling
+    if isinstance(model, GPT):
+        if isinstance(how, Sampling):
+            return TokenStream(model, prompts, how, limit, ends, seeds, vocab)
+        return ContrastiveStream(model, prompts, how, limit, ends, vocab)
+    if not isinstance(how, Sampling):
+        raise UserError(f"contrastive_k = {how.k}: an encoder-decoder has no contrastive search: leave it out")
+    start, end = frame_tokens(tokenizer)
+    return AnswerStream(model, [[*prompt, end] for prompt in prompts], how, start, limit, ends | {end}, seeds, vocab)
 
 
 def _encode_all(loaded: LoadedModel, prompts: Sequence[str], request: Request) -> list[list[int]]:

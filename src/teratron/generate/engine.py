@@ -10,7 +10,7 @@ from torch import Tensor
 from teratron.config import ModelConfig, UserError
 from teratron.generate.cache import KVCache
 from teratron.generate.sampler import Sampling, choose, uniform
-from teratron.models import GPT
+from teratron.models import GPT, EncoderDecoder
 
 DEFAULT_NEW_TOKENS = 100
 
@@ -22,8 +22,9 @@ def room_for(prompt: Sequence[int], config: ModelConfig, max_new_tokens: int | N
     """
     if not prompt:
         raise UserError("the prompt has no tokens: a model continues at least one")
-    room = config.positions - len(prompt)
-    if room < 1:
+    # A decoder beside an encoder has all positions for what it writes.
+    room = config.positions - (len(prompt) if config.family != "encoder_decoder" else 0)
+    if len(prompt) >= config.positions:
         raise UserError(
             f"the prompt has {len(prompt):,} tokens and the model {config.positions:,} positions: "
             f"shorten it to at most {config.positions - 1:,} tokens"
@@ -56,7 +57,7 @@ class TokenStream:
 
     def __init__(
         self,
-        model: GPT,
+        model: GPT | EncoderDecoder,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         max_new_tokens: int | None = None,

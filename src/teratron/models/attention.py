@@ -47,8 +47,8 @@ class AttentionCore(nn.Module):
         if self.cap or (self.dropout and keys is not None):
             return self.plain(q_BNSD, k_BKTD, v_BKTD, sight, keys)
         grouped = q_BNSD.shape[1] != k_BKTD.shape[1]
-        fall = self.fall(q_BNSD, columns, sight)
-        mask = sight.mask(queries, columns, q_BNSD.device) if fall is None else fall
+        bias = self.bias(q_BNSD, columns, sight)
+        mask = sight.mask(queries, columns, q_BNSD.device) if bias is None else bias
         causal = sight.causal and mask is None
         return F.scaled_dot_product_attention(q_BNSD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
@@ -58,12 +58,12 @@ class AttentionCore(nn.Module):
         k = k_BKTD.repeat_interleave(heads // groups, dim=1)
         v = v_BKTD.repeat_interleave(heads // groups, dim=1)
         scores = capped((q_BNSD @ k.transpose(-1, -2)) / math.sqrt(q_BNSD.shape[-1]), self.cap)
-        fall = self.fall(q_BNSD, k.shape[2], sight)
+        bias = self.bias(q_BNSD, k.shape[2], sight)
         mask = sight.mask(q_BNSD.shape[2], k.shape[2], scores.device)
         if mask is None and sight.causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        if fall is not None:
-            scores = scores + fall
+        if bias is not None:
+            scores = scores + bias
         elif mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
         weights = scores.softmax(-1, dtype=accurate(scores.dtype)).to(scores.dtype)
@@ -76,6 +76,10 @@ class AttentionCore(nn.Module):
     def slopes(self, heads: int, device: torch.device) -> Tensor:
         """How much the scores of the heads at hand fall a token, [N]."""
         return torch.tensor(slopes(heads * self.shares)[self.place * heads :][:heads], device=device, dtype=torch.float64)
+
+    def bias(self, q_BNSD: Tensor, columns: int, sight: Sight) -> Tensor | None:
+        """What is added to scores, minus infinity where nothing is seen; None = nothing."""
+        return self.fall(q_BNSD, columns, sight) if sight.relative is None else sight.bias(q_BNSD.shape[2], columns)
 
     def fall(self, q_BNSD: Tensor, columns: int, sight: Sight) -> Tensor | None:
         """What the distance adds to scores, in the queries' type; None = nothing. Layers share it."""

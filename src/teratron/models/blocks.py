@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from teratron.models.latent import LatentAttention
 from teratron.models.leaves import Dropout, Embedding, Linear, Norm
 from teratron.models.moe import MoE
 from teratron.models.positions import Waves, rotate
+from teratron.models.relative import RELATIVE, relative_table
 from teratron.models.units import Shared, State, with_routing
 
 TYPES = "token_types"
@@ -31,12 +33,13 @@ class TokenEmbedding(nn.Module):
         """site: name of its dropout; reads: name of the tokens in the state; name: of the table's part."""
         super().__init__()
         self.reads = reads
-        self.tokens = table or Embedding(config.vocab_size, config.hidden, config.init_std, config.vocab_multiple, name)
+        self.tokens = table or Embedding(config.vocab_size, config.hidden, config.table_std, config.vocab_multiple, name)
         self.offset, places = config.position_offset, config.positions + config.position_offset
         self.positions = Embedding(places, config.hidden, config.init_std) if config.position == "learned" else None
         self.waves = Waves(config.hidden) if config.position == "sinusoidal" else None
         self.factor = math.sqrt(config.hidden) if config.scale_embeddings else 1.0
         self.types = Embedding(config.token_types, config.hidden, config.init_std) if config.token_types else None
+        self.relative = relative_table(config)
         self.norm = block_norm(config) if config.embedding_norm else None
         self.dropout = Dropout(config.dropout, f"{site}.dropout")
 
@@ -51,6 +54,8 @@ class TokenEmbedding(nn.Module):
             hidden_BSH = hidden_BSH + self.types(state[TYPES] if TYPES in state else torch.zeros_like(shared.positions))
         if self.norm is not None:
             hidden_BSH = self.norm(hidden_BSH)
+        if self.relative is not None:
+            rest[RELATIVE] = self.relative()
         return {**rest, "hidden": self.dropout(hidden_BSH, shared.keys)}
 
 
@@ -62,7 +67,8 @@ class Attention(nn.Module):
         self.layer, self.head_features, self.everywhere = layer, config.head_features, config.attends_everywhere(layer)
         queries, pairs = config.heads * config.head_features, config.key_value_heads * config.head_features
         widths = {"q": queries, "k": pairs, "v": pairs}
-        self.qkv = Linear(config.hidden, widths, config.bias, config.matrix_std, granule=config.head_features)
+        stds = {"q": config.query_std, "k": config.matrix_std, "v": config.matrix_std}
+        self.qkv = Linear(config.hidden, widths, config.bias, stds, granule=config.head_features)
         self.query_factor = config.query_factor
         self.q_norm = Norm(config.head_features, "rmsnorm", False, config.norm_eps) if config.qk_norm else None
         self.k_norm = Norm(config.head_features, "rmsnorm", False, config.norm_eps) if config.qk_norm else None
@@ -81,6 +87,8 @@ class Attention(nn.Module):
         sight = shared.sight.full if self.everywhere else shared.sight
         if shared.cache is not None:
             k, v, sight = shared.cache.append(self.layer, k, v, sight)
+        if shared.relative is not None:
+            sight = replace(sight, relative=shared.relative)
         mixed_BNSD = self.core(q, k, v, sight, shared.keys)
         return self.output(mixed_BNSD.transpose(1, 2).flatten(2))
 
@@ -92,7 +100,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.head_features = config.head_features
         queries, pairs = config.heads * config.head_features, config.key_value_heads * config.head_features
-        self.q = Linear(config.hidden, queries, config.bias, config.matrix_std, granule=config.head_features)
+        self.q = Linear(config.hidden, queries, config.bias, config.query_std, granule=config.head_features)
         self.kv = Linear(config.hidden, {"k": pairs, "v": pairs}, config.bias, config.matrix_std, granule=config.head_features)
         self.query_factor = config.query_factor
         self.core = AttentionCore(config.attention_dropout, f"{site}.core", config.attention_cap)
@@ -131,6 +139,8 @@ class Block(nn.Module):
 
     def forward(self, state: State, shared: Shared) -> State:
         hidden = state["hidden"]
+        if RELATIVE in state:
+            shared = replace(shared, relative=state[RELATIVE])
         x = self._before("attention", hidden)
         mixed = self.attention(x, shared)
         if self.order != "sequential":
@@ -173,7 +183,7 @@ class Head(nn.Module):
         """tied_to: the part whose weight a tied head uses; shared_weight: that weight, where it is at hand."""
         super().__init__()
         self.norm = block_norm(config) if config.norm_place != "post" else None
-        self.shrinking, self.activation, width = 1 / config.widening, config.activation, config.hidden
+        self.shrinking, self.activation, width = config.output_factor, config.activation, config.hidden
         self.transforms, self.pools = config.head_transform, config.pooler
         if self.transforms:
             self.transform, self.transform_norm = Linear(width, width, config.bias, config.matrix_std), block_norm(config)
@@ -181,9 +191,8 @@ class Head(nn.Module):
             self.pooler = Linear(width, width, config.bias, config.matrix_std)
             self.sentence = LanguageHead(width, 2, 1, config.init_std, bias=config.bias)
         name, bias = f"/{tied_to}" if config.tie_embeddings else ".weight", config.output_bias
-        self.output = LanguageHead(
-            width, config.vocab_size, config.vocab_multiple, config.init_std, shared_weight, name, bias, config.output_cap
-        )
+        std = config.table_std if config.tie_embeddings else config.init_std
+        self.output = LanguageHead(width, config.vocab_size, config.vocab_multiple, std, shared_weight, name, bias, config.output_cap)
         self.contrast = TokenContrast()
 
     def forward(self, state: State, shared: Shared) -> State:

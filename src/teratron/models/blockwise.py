@@ -70,6 +70,23 @@ def capped(scores: Tensor, cap: float) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Later:
+    """That queries see no later key but those of a prefix."""
+
+    places: Tensor
+    """Of the queries, int64 [S]."""
+    key_places: Tensor
+    """int64 [T]."""
+    prefix: Tensor
+    """Keys that all see, bool [B, T]."""
+
+    def unseen(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """True where queries [n, b] do not see keys [n, m], [B, 1, n, b, m]."""
+        later = self.key_places[columns].unsqueeze(-2) > self.places[rows].unsqueeze(-1)
+        return (later & ~self.prefix[:, columns].unsqueeze(-2)).unsqueeze(1)
+
+
+@dataclass(frozen=True)
 class Encounter:
     """Queries that meet keys."""
 
@@ -80,6 +97,8 @@ class Encounter:
     """int64 [B, T]."""
     dropped: Dropped | None = None
     shape: Shape = PLAIN
+    later: Later | None = None
+    """None = the tiles say all of what is later."""
 
     def pieces(self, q: Tensor) -> Iterator[Piece]:
         """The tiles as tensors, so many at a time as memory allows; q [B, N, S, D]."""
@@ -94,12 +113,15 @@ class Encounter:
                 fall = self.shape.fall(rows, columns, accurate(q.dtype))
                 yield Piece(rows, columns, self._unseen(unseen, rows, columns), factors, self.shape.cap, fall)
 
-    def _unseen(self, by_place: Tensor | None, rows: Tensor, columns: Tensor) -> Tensor | None:
+    def _unseen(self, unseen: Tensor | None, rows: Tensor, columns: Tensor) -> Tensor | None:
+        if self.later is not None:
+            later = self.later.unseen(rows, columns)
+            unseen = later if unseen is None else later | unseen
         if self.segments is None or self.key_segments is None:
-            return by_place
+            return unseen
         mine, theirs = self.segments[:, rows].unsqueeze(-1), self.key_segments[:, columns].unsqueeze(-2)
         foreign = ((mine != theirs) & (mine >= 0)).unsqueeze(1)
-        return foreign if by_place is None else foreign | by_place
+        return foreign if unseen is None else foreign | unseen
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import ClassVar
@@ -23,17 +24,18 @@ class Bridge(nn.Module):
 
     def __init__(self, config: ModelConfig, table: Embedding | None) -> None:
         super().__init__()
-        self.norm = block_norm(config)
-        name = "/embedding.tokens.weight" if config.tie_embeddings else ".weight"
-        self.embedding = TokenEmbedding(config, "bridge.embedding", table=table, name=name)
+        self.norm = block_norm(config) if config.norm_place == "pre" else None
+        self.embedding = TokenEmbedding(config, "bridge.embedding", table=table, name="/embedding.tokens.weight")
 
     def forward(self, state: State, shared: Shared) -> State:
-        return self.embedding({**state, "memory": self.norm(state["hidden"])}, shared)
+        memory = state["hidden"] if self.norm is None else self.norm(state["hidden"])
+        return self.embedding({**state, "memory": memory}, shared)
 
 
 class EncoderDecoder(Model):
     """Units 0 (encoder embedding), the encoder's blocks, the bridge, the decoder's blocks, and the head; layers of each kind.
 
+    Both stacks have one table of tokens, and with tied embeddings so has the head.
     The batch has `encoder_tokens`, `encoder_positions` ... beside the decoder's `tokens`, `positions` ...
     """
 
@@ -50,17 +52,16 @@ class EncoderDecoder(Model):
     def __init__(self, config: ModelConfig, units: range | None = None) -> None:
         super().__init__(config)
         layers, units = config.layers, units if units is not None else range(2 * config.layers + 3)
-        tied = config.tie_embeddings
         self.embedding = TokenEmbedding(config, reads="encoder_tokens") if 0 in units else None
         numbers = [n - 1 for n in units if 1 <= n <= layers]
         self.encoder = nn.ModuleDict({str(n): Block(config, n, f"encoder.{n}") for n in numbers})
-        table = self.embedding.tokens if self.embedding is not None and tied else None
+        table = self.embedding.tokens if self.embedding is not None else None
         self.bridge = Bridge(config, table) if layers + 1 in units else None
         numbers = [n - layers - 2 for n in units if layers + 2 <= n <= 2 * layers + 1]
         self.decoder = nn.ModuleDict({str(n): Block(config, n, f"decoder.{n}", cross=True) for n in numbers})
-        if table is None and tied and self.bridge is not None:
+        if table is None and self.bridge is not None:
             table = self.bridge.embedding.tokens
-        weight = table.weight if table is not None else None
+        weight = table.weight if table is not None and config.tie_embeddings else None
         self.head = Head(config, "embedding.tokens.weight", weight) if 2 * layers + 2 in units else None
 
     @classmethod
@@ -69,17 +70,25 @@ class EncoderDecoder(Model):
 
     @classmethod
     def table_units(cls, config: ModelConfig) -> tuple[int, ...]:
-        return (0, config.layers + 1, 2 * config.layers + 2) if config.tie_embeddings else (0,)
+        return (0, config.layers + 1, *((2 * config.layers + 2,) if config.tie_embeddings else ()))
 
     @classmethod
     def carried(cls, config: ModelConfig, unit: int) -> dict[str, str]:
         if unit > config.layers + 1:
-            return {"hidden": "", "memory": "encoder_"}
-        return {"hidden": "encoder_"} if unit else {}
+            return {"hidden": "", "memory": "encoder_", **cls.biases(config)}
+        return {"hidden": "encoder_", **cls.biases(config)} if unit else {}
 
     def units(self) -> list[nn.Module]:
         every = (self.embedding, *self.encoder.values(), self.bridge, *self.decoder.values(), self.head)
         return [unit for unit in every if unit is not None]
+
+    def halves(self) -> tuple[EncoderDecoder, EncoderDecoder]:
+        """A whole model as two stages with its weights: the encoder, and from the bridge on what writes."""
+        reader, writer = copy.copy(self), copy.copy(self)
+        none = nn.ModuleDict()
+        reader._modules = self._modules | {"bridge": None, "decoder": none, "head": None}
+        writer._modules = self._modules | {"embedding": None, "encoder": none}
+        return reader, writer
 
     def forward(self, state: State, mask: Tensor | None = None, cache: Cache | None = None) -> State:
         state = both_segments(state, self.streams)
@@ -105,4 +114,4 @@ def both_segments(tensors: State, streams: Iterable[str]) -> State:
 def _memory_sight(writing: Sight, reading: Sight) -> Sight:
     """The decoder sees all of the memory, or what belongs to the same document."""
     keys = reading.whole_segments if reading.whole_segments is not None else reading.segments
-    return replace(writing, causal=False, pattern=FULL, given=None, key_segments=keys, _made={})
+    return replace(writing, causal=False, pattern=FULL, given=None, prefix=None, key_segments=keys, _made={})

@@ -27,7 +27,7 @@ class FeedForward(nn.Module):
 
 def activate(x: Tensor, kind: str) -> Tensor:
     """The feed-forward activation; the gated ones take [gate, up] side by side and halve the width."""
-    if kind in ("swiglu", "geglu"):
+    if kind in ("swiglu", "geglu", "geglu_tanh"):
         gate, up = x.chunk(2, dim=-1)
         return gated(gate, up, kind)
     if kind == "relu":
@@ -36,5 +36,5 @@ def activate(x: Tensor, kind: str) -> Tensor:
 
 
 def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    """The product of swiglu or geglu."""
-    return (F.silu(gate) if kind == "swiglu" else F.gelu(gate)) * up
+    """The product of swiglu, geglu or geglu_tanh."""
+    return (F.silu(gate) if kind == "swiglu" else F.gelu(gate, approximate="tanh" if kind == "geglu_tanh" else "none")) * up

@@ -93,7 +93,10 @@ class Linear(Leaf):
     later: Later | None = None
     """Where weight gradients may wait."""
 
-    def __init__(self, inputs: int, outputs: int | Mapping[str, int], bias: bool, std: float, granule: int = 1) -> None:
+    def __init__(
+        self, inputs: int, outputs: int | Mapping[str, int], bias: bool, std: float | Mapping[str, float], granule: int = 1
+    ) -> None:
+        """std: of the initial weights, one for all parts or by their names."""
         super().__init__()
         self.widths = {"": outputs} if isinstance(outputs, int) else dict(outputs)
         self.std, self.granule = std, granule
@@ -106,7 +109,8 @@ class Linear(Leaf):
     def leaf_parts(self) -> Iterator[Part]:
         start = 0
         for name, width in self.widths.items():
-            yield Part(f"{name}.weight", "weight", start, (width, self.weight.shape[1]), self.std, inner=True)
+            std = self.std[name] if isinstance(self.std, Mapping) else self.std
+            yield Part(f"{name}.weight", "weight", start, (width, self.weight.shape[1]), std, inner=True)
             if self.bias is not None:
                 yield Part(f"{name}.bias", "bias", start, (width,), None)
             start += width

@@ -94,17 +94,27 @@ def flops_per_token(model: Model, seq_length: int, predicted: float = 1.0) -> fl
     6 for each weight of a matrix product (the output projection included, the embedding look-up not; of stacked experts those
     that one token is sent to) and 6 for each feature of a key or value that a query sees; recomputation is never counted. Without a
     window that is the causal half of the attention products, as Megatron-LM counts. predicted: the share of tokens that are predicted;
-    no others cost an output projection.
+    no others cost an output projection. With an encoder and a decoder tokens are those that are read; that share of them is written.
     """
     config = model.config
     tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
     whole = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in tables}
     used = [p for p in parts_of(model) if p.parameter in whole]
-    weights: float = sum(torch.Size(p.shape).numel() for p in used if len(p.shape) == 2)
+    weights: float = sum(torch.Size(p.shape).numel() * _share(p.name, predicted) for p in used if len(p.shape) == 2)
     weights += config.experts_per_token * sum(torch.Size(p.shape[1:]).numel() for p in used if len(p.shape) == 3)
     projections = predicted * config.predict_tokens - (not config.tie_embeddings)  # an untied one is already among the parts
     weights += projections * config.vocab_size * config.hidden
     layers = [*range(config.layers), *[config.layers - 1] * (config.predict_tokens - 1)]
     patterns = [FULL if config.attends_everywhere(layer) else pattern_of(config) for layer in layers]
-    seen = sum(keys_seen(pattern, model.streams[""], seq_length) for pattern in patterns)
+    if len(model.streams) > 1:
+        seen = sum(keys_seen(pattern, False, seq_length) for pattern in patterns)
+        seen += predicted * sum(keys_seen(pattern, True, round(predicted * seq_length)) + seq_length for pattern in patterns)
+    else:
+        seen = sum(keys_seen(pattern, model.streams[""], seq_length) for pattern in patterns)
     return 6.0 * weights + 6.0 * config.heads * (config.key_features + config.value_features) * seen
+
+
+def _share(part: str, predicted: float) -> float:
+    """Tokens that a weight meets for each one that is read: a decoder's those that are written, but for its memory's keys and values."""
+    read = not part.startswith("decoder.") or part.endswith((".cross_attention.k.weight", ".cross_attention.v.weight"))
+    return 1.0 if read else predicted

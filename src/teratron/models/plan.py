@@ -48,6 +48,7 @@ EMBEDDING: Plan = {
     "positions": Cut(_W, _R),
     "waves": Cut(_W, _R),
     "types": Cut(_W, _R),
+    "relative": Cut(_W, _F, {"weight": 1}),
     "norm": RESIDUAL_NORM,
     "dropout": Cut(_R, _R),
 }

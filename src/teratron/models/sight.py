@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from teratron.models.patterns import FULL, Pattern, Tiles, tiles_of
+from teratron.models.relative import bias_by_distance, bias_by_place
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +34,16 @@ class Sight:
     """Places of the queries in their whole sequence, int64 [B or 1, S], below 0 before its beginning; None = 0 to S - 1."""
     key_order: Tensor | None = None
     """Places of the keys, int64 [B or 1, T]; None = 0 to T - 1."""
+    prefix: Tensor | None = None
+    """Keys that are seen though they are later, bool [B, T]."""
+    whole_prefix: Tensor | None = None
+    """Those of the whole sequence, as `whole_segments`."""
     given: Tensor | None = None
     """bool [B or 1, 1, S, T] in place of all that."""
+    relative: Tensor | None = None
+    """What scores are biased with, by bucket of the distance, [buckets, N]; see `bias`."""
+    furthest: int = 0
+    """The distance at which the last of these buckets begins."""
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
@@ -61,12 +70,28 @@ class Sight:
     def _near(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """By place alone, bool [B or 1, 1, S, T]."""
         everywhere = self.pattern == FULL and self.order is None and self.key_order is None
-        if everywhere and not (self.causal and self.segments is not None):
+        if everywhere and not (self.causal and (self.segments is not None or self.prefix is not None)):
             return None
         of_queries, of_keys = self.places(queries, keys, device)
         query, key = of_queries[:, :, None], of_keys[:, None, :]
         near = self.pattern.sees(query, key) & ((key >= 0) | (query < 0))
-        return (near & (key <= query) if self.causal else near).unsqueeze(1)
+        if self.causal:
+            near = near & (key <= query if self.prefix is None else (key <= query) | self.prefix[:, None, :])
+        return near.unsqueeze(1)
+
+    def bias(self, queries: int, keys: int) -> Tensor | None:
+        """What is added to scores, [B or 1, N, S, T], minus infinity where nothing is seen; None = there are no biases."""
+        if self.relative is None:
+            return None
+        device = self.relative.device
+        if self.order is None and self.key_order is None:
+            bias = bias_by_distance(self.relative, self.causal, self.furthest, queries, keys)
+        else:
+            bias = bias_by_place(self.relative, self.causal, self.furthest, *self.places(queries, keys, device))
+        mask = self.mask(queries, keys, device)
+        if mask is None and self.causal:
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
+        return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
 
     def places(self, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Of queries and keys, int64 [B or 1, S] and [B or 1, T]."""
@@ -84,7 +109,8 @@ class Sight:
 
     def tiles(self, queries: int, keys: int, most_rows: int) -> tuple[Tiles, ...]:
         """Tiles to compute in place of all pairs of a query and a key; none where they would not be half the work."""
-        if self.pattern == FULL or any(x is not None for x in (self.given, self.order, self.key_order)):
+        others = (self.given, self.order, self.key_order, self.prefix, self.relative)
+        if self.pattern == FULL or any(x is not None for x in others):
             return ()
         tiles = tiles_of(self.pattern, self.causal, (range(queries),), (range(keys),), most_rows)
         return tiles if 2 * sum(some.area for some in tiles) <= queries * keys else ()
@@ -92,7 +118,7 @@ class Sight:
     @cached_property
     def whole(self) -> Sight:
         """The sight of all queries of the sequence, of which these are a share."""
-        return replace(self, segments=self.whole_segments, order=None, _made={})
+        return replace(self, segments=self.whole_segments, prefix=self.whole_prefix, order=None, _made={})
 
     @cached_property
     def full(self) -> Sight:

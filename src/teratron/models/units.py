@@ -17,14 +17,16 @@ from teratron.models.patterns import pattern_of
 from teratron.models.plan import Plan
 from teratron.models.positions import rotary
 from teratron.models.random import mask_keys
+from teratron.models.relative import RELATIVE
 from teratron.models.sight import Sight
 
 State = dict[str, Tensor]
-COORDINATES = ("positions", "segments", "keys", "real", "order", "whole_segments", "whole_keys")
+COORDINATES = ("positions", "segments", "keys", "real", "order", "prefix", "whole_segments", "whole_keys", "whole_prefix")
 """What every rank knows of a batch by itself and is never sent; a second stream's have its name in front.
 
-The last two are there when the sequence is cut over context ranks: the segments and keys of all of it. `order` [B, S] are the tokens'
-places where these are not 0 to S - 1, as when text is generated; those below 0 are padding.
+The last three are there when the sequence is cut over context ranks: the segments, keys and prefix of all of it. `order` [B, S] are
+the tokens' places where these are not 0 to S - 1, as when text is generated; those below 0 are padding. `prefix`, bool [B, S], marks
+tokens that all see, also those before them.
 """
 TERM, LOAD = "term.", "load."
 """Prefixes of what blocks leave in a state for the loop: sums of loss terms, and routers' choices. It stays on its stage, never sent."""
@@ -54,6 +56,8 @@ class Shared:
     """What attention to the encoder's memory may see."""
     real: Tensor | None = None
     """bool [B, S]: False at padding; None = no padding."""
+    relative: Tensor | None = None
+    """Biases of scores by the bucket of the distance, [buckets, N], which blocks take from the state."""
 
 
 class Model(nn.Module):
@@ -85,8 +89,16 @@ class Model(nn.Module):
 
     @classmethod
     def carried(cls, config: ModelConfig, unit: int) -> dict[str, str]:
-        """What is sent to a stage that begins with a unit: names of tensors [B, S, hidden], and the stream whose length each has."""
-        return {"hidden": ""} if unit else {}
+        """What is sent to a stage that begins with a unit: names of tensors [B, S, hidden], and the stream whose length each has.
+
+        `RELATIVE` is no such tensor: see `relative_shape`.
+        """
+        return {"hidden": "", **cls.biases(config)} if unit else {}
+
+    @classmethod
+    def biases(cls, config: ModelConfig) -> dict[str, str]:
+        """The biases of relative positions among what is sent, where a model has them."""
+        return {RELATIVE: ""} if config.position == "relative" else {}
 
     def forward(self, state: State, mask: Tensor | None = None, cache: Cache | None = None) -> State:
         """Run the units in order; the result holds what the next stage needs to be sent, such as hidden [B, S, H].
@@ -109,7 +121,10 @@ class Model(nn.Module):
             whole_segments=mine["whole_segments"],
             whole_keys=mine["whole_keys"],
             order=mine["order"],
+            prefix=mine["prefix"],
+            whole_prefix=mine["whole_prefix"],
             given=mask,
+            furthest=self.config.relative_distance,
         )
         positions = state[f"{stream}positions"]
         turned = rotary(self.config, positions, accurate(next(self.parameters()).dtype))

@@ -11,11 +11,15 @@ from teratron.config import Config
 from teratron.data.samples import Samples
 from teratron.data.special import Needs, SpecialTokens
 from teratron.models import Model, State
+from teratron.objectives.denoising import Denoising
 from teratron.objectives.layers import layer_counts, layer_loads, layer_terms
 from teratron.objectives.masked import Masked
 from teratron.objectives.next_token import NextToken
 from teratron.objectives.permuted import Permuted
+from teratron.objectives.prefix import PrefixLM
+from teratron.objectives.span_corruption import SpanCorruption
 from teratron.objectives.terms import Batch, Tally, Term, total_loss
+from teratron.objectives.ul2 import MixtureOfDenoisers
 
 __all__ = [
     "Batch",
@@ -57,7 +61,15 @@ class Objective(Protocol):
         """The terms of a micro-batch from the model's last state."""
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"next_token": NextToken, "masked": Masked, "permuted": Permuted}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "next_token": NextToken,
+    "masked": Masked,
+    "permuted": Permuted,
+    "span_corruption": SpanCorruption,
+    "denoising": Denoising,
+    "prefix": PrefixLM,
+    "ul2": MixtureOfDenoisers,
+}
 
 
 def build_objective(config: Config) -> Objective:

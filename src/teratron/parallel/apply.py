@@ -17,6 +17,7 @@ from teratron.models.leaves import Dropout, Embedding, Leaf, Linear, Norm
 from teratron.models.moe import Router
 from teratron.models.plan import Cut, Layout, Plan
 from teratron.models.positions import Waves
+from teratron.models.relative import RelativeTable
 from teratron.models.two_stream import HeadBias
 from teratron.parallel.mesh import Group, Mesh
 from teratron.parallel.twins import (
@@ -89,6 +90,8 @@ class _Surgeon:
             return self.head(leaf, cut)
         if isinstance(leaf, LanguageHead) and self.sequence:
             return SequenceHead(leaf, self.pieces(leaf, cut), self.group)
+        if isinstance(leaf, RelativeTable):
+            return self.relative(leaf, self.pieces(leaf, cut))
         if isinstance(leaf, Embedding) and cut.tensor:
             twin = VocabularyEmbedding(leaf, self.pieces(leaf, cut), self.group, self.sequence)
             self.tables[id(leaf.weight)] = twin.weight
@@ -108,6 +111,12 @@ class _Surgeon:
         if isinstance(leaf, (Norm, Embedding, Router, Linear, LanguageHead)):
             leaf.pieces = self.pieces(leaf, cut)
         return leaf
+
+    def relative(self, leaf: RelativeTable, pieces: list[Part]) -> RelativeTable:
+        """The columns of this rank's heads."""
+        twin = RelativeTable(leaf.count, pieces[0].size[1], leaf.std)
+        twin.pieces = pieces
+        return twin
 
     def head(self, leaf: LanguageHead, cut: Cut) -> nn.Module:
         whole = Part(leaf.name, "weight", 0, (leaf.vocabulary.total, leaf.weight.shape[1]), leaf.std)

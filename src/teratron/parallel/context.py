@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from teratron.models import State
 from teratron.models.attention import AttentionCore, most_rows
-from teratron.models.blockwise import Encounter, attend, attend_backward, nothing_yet, ready_for_backward
+from teratron.models.blockwise import Encounter, Later, attend, attend_backward, nothing_yet, ready_for_backward
 from teratron.models.patterns import tiles_of
 from teratron.models.sight import Sight
 from teratron.parallel.mesh import Group
@@ -49,7 +49,7 @@ def cut_tokens(tensors: State, group: Group, balanced: bool, streams: Iterable[s
         stream = next(prefix for prefix in names if name.startswith(prefix))
         places = token_places(tensor.shape[1], group.size, group.rank, balanced).to(tensor.device)
         cut[name] = tensor[:, places]
-        if name in (f"{stream}segments", f"{stream}keys"):
+        if name in (f"{stream}segments", f"{stream}keys", f"{stream}prefix"):
             cut[f"{stream}whole_{name.removeprefix(stream)}"] = tensor
     return cut
 
@@ -69,7 +69,8 @@ class RingAttention(AttentionCore):
         """With the keys that a rank has brought; what no query sees is not computed."""
         ranks, total = self.group.size, k.shape[2] * self.group.size
         mine, theirs = token_runs(q.shape[2] * ranks, ranks, self.group.rank, True), token_runs(total, ranks, rank, True)
-        tiles = tiles_of(sight.pattern, sight.causal, mine, theirs, most_rows(q.device))
+        causal = sight.causal and sight.prefix is None
+        tiles = tiles_of(sight.pattern, causal, mine, theirs, most_rows(q.device))
         places = token_places(total, ranks, rank, True).to(q.device)
         of_queries = token_places(q.shape[2] * ranks, ranks, self.group.rank, True).to(q.device)
         segments = sight.whole_segments if sight.key_segments is None else sight.key_segments
@@ -80,7 +81,14 @@ class RingAttention(AttentionCore):
             None if segments is None else segments[:, places],
             None if dropped is None else replace(dropped, of_column=dropped.of_column[places]),
             self.shape(q, of_queries[None], places[None]),
+            self.prefixed(q.shape[2] * ranks, places, sight) if sight.prefix is not None else None,
         )
+
+    def prefixed(self, total: int, places: Tensor, sight: Sight) -> Later:
+        """What of later keys is seen, of all those at some places."""
+        assert sight.whole_prefix is not None
+        mine = token_places(total, self.group.size, self.group.rank, True).to(places.device)
+        return Later(mine, places, sight.whole_prefix[:, places])
 
 
 class _Ring(torch.autograd.Function):
@@ -140,7 +148,10 @@ class HeadExchange(AttentionCore):
     def forward(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, sight: Sight, keys: Tensor | None) -> Tensor:
         copies = max(1, self.group.size // k_BKTD.shape[1])  # fewer key/value heads than ranks: several ranks get the same
         q, k, v = (_exchange(x, self.group, True) for x in (q_BNSD, *(x.repeat_interleave(copies, 1) for x in (k_BKTD, v_BKTD))))
-        return _exchange(super().forward(q, k, v, sight.whole, None if keys is None else sight.whole_keys), self.group, False)
+        whole = sight.whole
+        if sight.relative is not None:
+            whole = replace(whole, relative=sight.relative.chunk(self.group.size, 1)[self.group.rank])
+        return _exchange(super().forward(q, k, v, whole, None if keys is None else sight.whole_keys), self.group, False)
 
 
 class _Exchange(torch.autograd.Function):

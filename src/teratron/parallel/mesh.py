@@ -361,6 +361,11 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, world: int = 0) -
             f"parallel.context = {parallel.context} cuts samples, and model.family = xlnet attends by distances within whole ones: "
             "choose --parallel.tensor with --parallel.sequence instead, or --parallel.context 1"
         )
+    if parallel.context > 1 and parallel.context_method == "ring" and model.position == "relative":
+        raise UserError(
+            "parallel.context_method = ring has no biases of scores, which model.position = relative is: choose "
+            "--parallel.context_method all_to_all"
+        )
     if parallel.context > 1 and parallel.context_method == "all_to_all":
         heads = model.heads // parallel.tensor
         pairs = max(1, model.key_value_heads // parallel.tensor)

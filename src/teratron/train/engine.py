@@ -14,6 +14,7 @@ from teratron.models import Model, State, with_dropout
 from teratron.models.encoder_decoder import both_segments
 from teratron.models.float8 import use_float8
 from teratron.models.moe import balance
+from teratron.models.relative import RELATIVE, relative_shape
 from teratron.objectives import Batch, Objective, Tally, Term, build_objective, layer_counts, layer_loads, layer_terms, total_loss
 from teratron.objectives.layers import LAYER_TERMS
 from teratron.optim import build_optimizer
@@ -214,6 +215,8 @@ class MicroBatches:
                 continue
             rows, length = self.parts[micro_batch][f"{stream}positions"].shape
             shapes[name] = (rows, length // ranks, engine.config.model.hidden)
+        if RELATIVE in shapes:
+            shapes[RELATIVE] = relative_shape(engine.config.model, engine.mesh.tensor.size)
         return shapes
 
     def forward(self, stage: int, micro_batch: int, received: State) -> State:
