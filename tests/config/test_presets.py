@@ -18,6 +18,10 @@ PROMISED = {
     "llama3-8b",
     "llama3-70b",
     "shakespeare-char",
+    "xlnet-tiny",
+    "xlnet-base",
+    "xlnet-large",
+    "mtp-tiny",
 }
 
 

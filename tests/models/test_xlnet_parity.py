@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teratron.config import ModelConfig
-from teratron.models import Model, State, build_model, load_parts, parts_of
+from teratron.config import Config, ModelConfig
+from teratron.models import Model, State, build_model, load_parts, parameter_count, parts_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle: pip install transformers")
 
@@ -130,3 +130,14 @@ def test_memory_equals_transformers_mems() -> None:
     places = places + LENGTH * (torch.arange(2 * PREDICTED) >= PREDICTED)
     logits = torch.cat([before.logits, after.logits], dim=1)
     assert_learns_alike(model, logits, ours(model, recurrence=LENGTH), state_of(tokens, turns, places), labels)
+
+
+def test_presets_have_the_published_sizes() -> None:
+    """As transformers counts them, less what concerns segments A and B."""
+    for name, hidden, layers, heads in (("xlnet-base", 768, 12, 12), ("xlnet-large", 1024, 24, 16)):
+        settings = transformers.XLNetConfig(d_model=hidden, n_layer=layers, n_head=heads, d_inner=4 * hidden)
+        with torch.device("meta"):
+            theirs = transformers.XLNetLMHeadModel(settings)
+        counted = {path: parameter.numel() for path, parameter in theirs.named_parameters()}
+        apart = sum(count for path, count in counted.items() if path.endswith(("seg_embed", "r_s_bias")))
+        assert parameter_count(build_model(Config.preset(name).model, device="meta")) == sum(counted.values()) - apart
