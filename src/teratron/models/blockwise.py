@@ -58,7 +58,7 @@ class Shape:
         if self.slopes is None or self.places is None or self.key_places is None:
             return None
         apart = self.key_places[columns].unsqueeze(-2) - self.places[rows].unsqueeze(-1)
-        return (self.slopes[:, None, None, None] * apart).to(dtype)
+        return (-self.slopes[:, None, None, None] * apart.abs()).to(dtype)
 
 
 PLAIN = Shape()

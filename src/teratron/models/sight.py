@@ -104,7 +104,7 @@ class Sight:
         apart = of_keys[:, None, None, :] - of_queries[:, None, :, None]
         mask = self.mask(queries, keys, slopes_N.device)
         seen = apart <= 0 if mask is None and self.causal else mask
-        fall = slopes_N[:, None, None] * apart
+        fall = -slopes_N[:, None, None] * apart.abs()
         return fall if seen is None else fall.masked_fill(~seen, -torch.inf)
 
     def tiles(self, queries: int, keys: int, most_rows: int) -> tuple[Tiles, ...]:
