@@ -49,7 +49,7 @@ ROWS = {
     "lion": Row({"optim.name": "lion", "optim.weight_decay": 1.0}, (2e-4, 4e-4, 8e-4)),
     "muon": Row({"optim.name": "muon", "optim.adam_lr": 4e-3}, (2e-3, 5e-3, 1e-2)),
     "lamb": Row({"optim.name": "lamb"}, (3e-3, 1e-2, 3e-2)),
-    "adamw-x16": Row({"optim.name": "adamw"}, (4e-3, 8e-3, 1.6e-2), 16),
+    "adamw-x16": Row({"optim.name": "adamw"}, (2e-3, 4e-3, 8e-3), 16),
     "lamb-x16": Row({"optim.name": "lamb"}, (1e-2, 3e-2, 6e-2), 16),
 }
 Curve = list[tuple[int, float]]
