@@ -2,11 +2,11 @@
 
 from teratron.config.config import Config, frozen_changes, key_names, preset_names
 from teratron.config.errors import UserError, nearest
+from teratron.config.model import ModelConfig
 from teratron.config.sections import (
     CheckpointConfig,
     DataConfig,
     LogConfig,
-    ModelConfig,
     ObjectiveConfig,
     OptimConfig,
     ParallelConfig,

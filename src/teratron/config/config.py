@@ -17,11 +17,11 @@ from teratron.config.errors import UserError, nearest
 from teratron.config.fits import check_fit
 from teratron.config.keys import coerce, kind_of
 from teratron.config.lengths import Clock, parse_length
+from teratron.config.model import ModelConfig
 from teratron.config.sections import (
     CheckpointConfig,
     DataConfig,
     LogConfig,
-    ModelConfig,
     ObjectiveConfig,
     OptimConfig,
     ParallelConfig,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from teratron.config.errors import UserError
 
 if TYPE_CHECKING:
-    from teratron.config.sections import ModelConfig
+    from teratron.config.model import ModelConfig
 
 
 def check_variants(model: ModelConfig) -> None:
