@@ -106,7 +106,8 @@ def _files(folder: Path) -> list[Path]:
     pickled = next(iter(sorted(folder.glob("pytorch_model*.bin"))), None)
     if pickled is None:
         raise UserError(f"{folder}: no model.safetensors or model.safetensors.index.json; download the weights")
-    script = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('NEWDIR')"
+    name = _read_json(folder / "config.json")["architectures"][0]
+    script = f"from transformers import {name} as M; M.from_pretrained('{folder}').save_pretrained('NEWDIR')"
     raise UserError(f'{pickled}: a pickle, which is never opened here; convert it to safetensors once: python -c "{script}"')
 
 
