@@ -19,6 +19,8 @@ NAMES = [name for name in OPTIMIZERS if name != "schedule_free"]
 def learnt(name: Any, masters: Literal["fp32", "bf16"], steps: int, lr: float = 1e-3) -> Optimizer:
     optimizer = optimizer_of(made(torch.bfloat16), OptimConfig(name=name, masters=masters, weight_decay=0.0))
     optimizer.initialise(1)
+    for bucket in optimizer.flat.buckets:
+        bucket.master.copy_(bucket.shard)  # all begin with the same numbers, those that bfloat16 holds
     for step in range(1, steps + 1):
         learn(optimizer, step, step, lr)
     return optimizer
