@@ -6,6 +6,8 @@ import pytest
 from cases import KEYS, Keys
 from prepared import assert_layout_invisible
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 BERT: Keys = {
     **KEYS,
     "model.family": "encoder",

@@ -65,7 +65,7 @@ def train_with(rank: int, ranks: int, wrap: Callable[[LossSum, int], nn.Module],
     model = build_model(config.model, dtype=torch.float64)
     initialise(model, config.train.seed)
     names = {part.name: part for part in parts_of(model)}
-    wrapped = wrap(LossSum(model, AnyFamily(), config.train.seed), ranks)
+    wrapped = wrap(LossSum(model, AnyFamily(config), config.train.seed), ranks)
     optimizer = torch.optim.AdamW(_groups(wrapped, config), lr=config.optim.lr, betas=_betas(config), eps=config.optim.eps)
     for step in range(1, STEPS + 1):
         whole = batch_of(config, step)
