@@ -17,6 +17,8 @@ from teratron.data.special import SpecialTokens
 from teratron.parallel.mesh import Mesh, check_layout, mesh_sizes
 from teratron.train.engine import Engine
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 VOCAB, ORDINARY = 40, 24
 T5: Keys = {
     **KEYS,
