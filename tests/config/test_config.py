@@ -24,6 +24,7 @@ RELATED = (
     "train.recompute_every",
     "train.steps",
     "optim.warmup_steps",
+    "optim.schedule",
     "optim.decay_",
     "optim.weight_decay_start",
     "optim.clip",

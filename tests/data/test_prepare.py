@@ -271,7 +271,7 @@ if __name__ == "__main__":
 @pytest.fixture
 def at_work(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that has begun to write a data set, with workers, and has much left to do."""
-    (tmp_path / "a.jsonl").write_text((json.dumps({"text": SENTENCE * 50}) + "\n") * 20_000)
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": SENTENCE * 50}) + "\n") * 60_000)
     (tmp_path / "run.py").write_text(RUN)
     command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "a.jsonl"), str(tmp_path / "out/data")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)

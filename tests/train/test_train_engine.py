@@ -19,7 +19,7 @@ from teratron.train.recompute import recompute
 
 VOCAB = 20
 MODEL: dict[str, Any] = {"layers": 4, "hidden": 16, "heads": 2, "seq_length": 12, "vocab_size": VOCAB, "init_std": 0.3, "dropout": 0.2}
-FAMILY = pytest.mark.parametrize("family", FAMILIES)
+FAMILY = pytest.mark.parametrize("family", [name for name in FAMILIES if name != "xlnet"])  # whose own tests are beside it
 
 
 def made(family: str, **keys: Any) -> Model:

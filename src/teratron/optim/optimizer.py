@@ -162,8 +162,9 @@ class Optimizer:
         """What is owned of a state of the number-th trained bucket; flat: the state, or something of its shape."""
         yield from self.flat.trained[number].pieces(name, flat)
 
-    def initialise(self, seed: int, values: Values = initial_values) -> None:
-        """First values of all weights, each rank its own slices (contract C8), and fresh states."""
+    def initialise(self, seed: int, values: Values | None = None) -> None:
+        """First values of all weights, each rank its own slices (contract C8), and fresh states. values: None = random ones."""
+        values = values or initial_values
         for bucket in self.flat.buckets:
             for part, boxes, place in bucket.owned():
                 target = bucket.master[place]

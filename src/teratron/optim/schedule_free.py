@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from teratron.config import OptimConfig
-from teratron.models import initial_values
 from teratron.optim.optimizer import Optimizer, Update, Values, cached
 from teratron.parallel.buckets import Bucket
 from teratron.parallel.flat import FlatModel
@@ -38,7 +37,7 @@ class ScheduleFree(Optimizer):
         self._past = 0, 0.0
         """An update, and the sum of all squared rates until then."""
 
-    def initialise(self, seed: int, values: Values = initial_values) -> None:
+    def initialise(self, seed: int, values: Values | None = None) -> None:
         super().initialise(seed, values)
         for bucket, base in zip(self.flat.trained, self.state["base"], strict=True):
             base.copy_(bucket.master)
