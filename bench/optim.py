@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it: threads that spin for long collapse beside other programs
 
 import torch
 from machine import add_line, facts
