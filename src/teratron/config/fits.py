@@ -17,8 +17,18 @@ FITS = {
     "denoising": ("encoder_decoder",),
     "prefix": ("gpt",),
     "ul2": ("encoder_decoder", "gpt"),
+    "supervised": ("encoder_decoder", "gpt"),
+    "classes": ("encoder", "gpt", "encoder_decoder"),
+    "pointing": ("encoder", "gpt"),
+    "similar": ("encoder", "gpt"),
+    "preferred": ("gpt",),
 }
 """The families that each objective fits."""
+HEADS = {"classes": "classes", "pointing": "classes", "similar": "none"}
+"""What model.head must be; `language` for all others."""
+FROM_EXAMPLES = ("supervised", "classes", "pointing", "similar", "preferred")
+WHOLE = ("pointing", "similar", "preferred")
+"""Those that compare tokens all over an example."""
 
 
 def check_fit(config: Config) -> None:
@@ -29,6 +39,7 @@ def check_fit(config: Config) -> None:
         instead = f", or objective.name {' or '.join(others)}" if others else ""
         choose = f"choose model.family {' or '.join(FITS[objective])}{instead}"
         raise UserError(f"objective.name = {objective} does not fit model.family = {family}: {choose}")
+    _check_examples(config)
     if objective != "next_token":
         _check_other_sides(config)
     if objective == "masked":
@@ -36,6 +47,23 @@ def check_fit(config: Config) -> None:
     if objective in ("span_corruption", "denoising", "prefix", "ul2"):
         _check_rewriting(config)
     _check_stretches(config)
+
+
+def _check_examples(config: Config) -> None:
+    """What belongs to fine-tuning, and the head that the objective learns."""
+    objective, head = config.objective.name, config.model.head
+    if (objective in FROM_EXAMPLES) != bool(config.data.examples):
+        reads = "reads data.examples" if objective in FROM_EXAMPLES else "reads text, not data.examples"
+        raise UserError(f"objective.name = {objective} {reads}: use `teratron finetune`, which sets both, or choose another objective.name")
+    if head != HEADS.get(objective, "language"):
+        raise UserError(f"model.head = {head} does not fit objective.name = {objective}: set --model.head {HEADS.get(objective, 'language')}")
+    if objective == "pointing" and config.model.classes > 2:
+        raise UserError(f"model.classes = {config.model.classes}: objective.name = pointing has 1 kind of place (choices) or 2 (begin, end)")
+    if objective in WHOLE and config.parallel.context > 1:
+        raise UserError(
+            f"parallel.context = {config.parallel.context} cuts sequences, which objective.name = {objective} compares as a whole: use "
+            "--parallel.tensor with --parallel.sequence, or --parallel.shard"
+        )
 
 
 def _check_other_sides(config: Config) -> None:

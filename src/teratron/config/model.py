@@ -92,6 +92,10 @@ class ModelConfig(Section):
     """Divide the last features by sqrt(hidden) before the output projection (T5 with tied embeddings)."""
     scale_attention: bool = key(True)
     """Divide attention's scores by sqrt(head_dim); false = initial queries are so much smaller instead (T5)."""
+    head: Literal["language", "classes", "none"] = key("language")
+    """What the last unit gives: scores of the vocabulary; of model.classes classes at every token, for fine-tuning; or its vectors alone."""
+    classes: int = key(0, at_least(0))
+    """Classes, tags or kinds of places that model.head = classes scores."""
     head_transform: bool = key(False)
     """A dense layer, the activation and a norm before the output projection, which then has biases (BERT)."""
     pooler: bool = key(False)
@@ -189,6 +193,12 @@ class ModelConfig(Section):
             raise UserError(
                 f"model.activation = {self.activation} is gated, which model.head_transform has no place for: choose gelu, or leave it out"
             )
+        if (self.head == "classes") != bool(self.classes):
+            raise UserError(
+                f"model.classes = {self.classes} with model.head = {self.head}: set --model.head classes and --model.classes N, or neither"
+            )
+        if self.head != "language" and self.predict_tokens > 1:
+            raise UserError(f"model.predict_tokens = {self.predict_tokens} predicts tokens, model.head = {self.head} does not: leave it out")
         if self.position_offset and self.position != "learned":
             raise UserError(
                 f"model.position_offset = {self.position_offset} shifts a learned table, model.position is {self.position}: leave it out"
@@ -367,6 +377,11 @@ class ModelConfig(Section):
     @property
     def expert_width(self) -> int:
         return self.expert_ffn or self.ffn_width
+
+    @property
+    def ties_output(self) -> bool:
+        """Whether the output projection is the table of tokens."""
+        return self.tie_embeddings and self.head == "language"
 
     @property
     def output_bias(self) -> bool:

@@ -22,6 +22,8 @@ class DataConfig(Section):
     """Raw files or folders, prepared on the way into the run directory (.txt, source code, .jsonl, .jsonl.gz, .jsonl.zst, .parquet)."""
     text_key: str = key("text")
     """The field of a .jsonl record or the column of a .parquet file that holds the text."""
+    examples: str = key("")
+    """A folder of examples that `teratron finetune` has made: train.safetensors, valid.safetensors and their tokenizer."""
     train: tuple[str, ...] = key(())
     """Prepared data sets (PREFIX of PREFIX.bin and PREFIX.idx); several, or `weight prefix weight prefix ...`, are blended."""
     valid: tuple[str, ...] = key(())
@@ -44,6 +46,8 @@ class DataConfig(Section):
     def check(self) -> None:
         if self.text and self.train:
             raise UserError("data.text and data.train are both set: give raw text or prepared data sets, not both")
+        if self.examples and (self.text or self.train or self.valid):
+            raise UserError("data.examples holds everything a fine-tuning learns from: leave data.text, data.train and data.valid out")
         if self.valid and self.text:
             raise UserError(
                 "data.valid needs data.train: prepare both with `teratron data prepare`, or leave data.valid out and use data.split"
@@ -56,12 +60,18 @@ class ObjectiveConfig(Section):
 
     section: ClassVar[str] = "objective"
 
-    name: Literal["next_token", "masked", "permuted", "span_corruption", "denoising", "prefix", "ul2"] = key("next_token")
+    name: Literal[
+        "next_token", "masked", "permuted", "span_corruption", "denoising", "prefix", "ul2",
+        "supervised", "classes", "pointing", "similar", "preferred",
+    ] = key("next_token")  # fmt: skip
     """next_token = predict each token from those before it (gpt, xlnet); masked = predict hidden tokens from both sides (encoder);
     permuted = predict tokens in a random order, each from the given ones and those before it in that order (xlnet).
 
     span_corruption = write the spans that a text lacks (T5); denoising = write a text that was corrupted (BART); prefix = go on with a
-    text whose beginning is seen from both sides; ul2 = a mixture of denoisers. A gpt reads and writes one sequence."""
+    text whose beginning is seen from both sides; ul2 = a mixture of denoisers. A gpt reads and writes one sequence.
+
+    From data.examples: supervised = answers; classes = the class of a text or of its words; pointing = where an answer lies, or which
+    choice is right; similar = vectors of pairs, alike; preferred = the better of two answers (DPO)."""
     label_smoothing: float = key(0.0, between(0, 1))
     """Share of the target's probability that is spread over the whole vocabulary in training (evaluation never smooths)."""
     contrastive: float = key(0.0, at_least(0))
@@ -90,6 +100,10 @@ class ObjectiveConfig(Section):
     """How denoising corrupts: each span becomes one mask, each token becomes a mask, or tokens are deleted."""
     permute_sentences: bool = key(False)
     """Denoising also puts the sentences of a sample in another order."""
+    temperature: float = key(0.05, above(0))
+    """What similar divides cosines by."""
+    beta: float = key(0.1, above(0))
+    """How strongly preferred holds to the model that it began with."""
 
     def most_predicted(self, tokens: int) -> int:
         """How many of so many tokens masked or permuted predicts at most."""
@@ -293,6 +307,10 @@ class TrainConfig(Section):
     """Minutes after the start of training in which it saves and stops with exit code 75, so that a script starts it again; 0 = never."""
     eval_every: int = key(100, at_least(0))
     """Steps between evaluations; 0 = only after the last step."""
+    patience: int = key(0, at_least(0))
+    """Evaluations without a better one after which the run ends; the best one's checkpoint is kept; 0 = never.
+
+    Better is a higher accuracy where the objective has one, else a lower held-out loss."""
     eval_batches: int = key(0, at_least(0))
     """Global batches of one evaluation; 0 = the whole validation data."""
     recompute: Literal["none", "selective", "full"] = key("none")

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from teratron.config import Config, UserError
+from teratron.data.examples import Examples
 from teratron.data.indexed import IndexedDataset
 from teratron.data.layout import Source, open_sources, train_samples, valid_windows
-from teratron.data.samples import PhasedSamples, Samples
+from teratron.data.samples import KnownTokens, Samples
 from teratron.data.special import Needs, SpecialTokens, reserved, special_tokens
 from teratron.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -28,7 +29,7 @@ class TrainingData:
     special: SpecialTokens
     """The vocabulary, its end-of-document token, and the tokens that the objective needs."""
     train: Samples
-    valid: PhasedSamples | None
+    valid: Samples | None
     train_tokens: int
     valid_tokens: int
     """Held-out tokens that are a target."""
@@ -43,6 +44,8 @@ def open_data(config: Config, run: Path, phases: Sequence[int], say: Say, needs:
     its tokens. Raises `UserError` for everything that does not fit.
     """
     data = config.data
+    if data.examples:
+        return open_examples(config, run)
     if not data.text and not data.train:
         raise UserError("no data: give raw text (--data.text FILE_OR_FOLDER) or prepared data sets (--data.train PREFIX)")
     sources, tokenizer = _open_sources(config, run, say, needs.roles)
@@ -59,7 +62,22 @@ def open_data(config: Config, run: Path, phases: Sequence[int], say: Say, needs:
     identity = {"data.text" if data.text else str(source.dataset.prefix): source.dataset.identity() for source in (*sources, *held_out)}
     if tokenizer is not None:
         identity["tokenizer"] = tokenizer.fingerprint
-    return TrainingData(special, train, valid, train_tokens, valid_tokens, identity)
+    known = KnownTokens(valid, vocab_size) if valid is not None else None
+    return TrainingData(special, KnownTokens(train, vocab_size), known, train_tokens, valid_tokens, identity)
+
+
+def open_examples(config: Config, run: Path) -> TrainingData:
+    """What `teratron finetune` has made; the tokenizer is kept in RUN/tokenizer."""
+    folder, length = Path(config.data.examples), config.model.seq_length
+    train = Examples(folder / "train.safetensors", length, config.train.seed)
+    valid = Examples(folder / "valid.safetensors", length)
+    kept = run / "tokenizer"
+    tokenizer = load_tokenizer(kept if kept.is_dir() else folder / "tokenizer")
+    if not kept.is_dir():
+        save_tokenizer(tokenizer, kept)
+    special = SpecialTokens(config.model.vocab_size, tokenizer.eod, {}, tokenizer)
+    identity = {"train": train.identity(), "valid": valid.identity(), "tokenizer": tokenizer.fingerprint}
+    return TrainingData(special, train, valid, train.tokens, valid.tokens, identity)
 
 
 def _open_sources(config: Config, run: Path, say: Say, roles: Sequence[str]) -> tuple[list[Source], Tokenizer | None]:

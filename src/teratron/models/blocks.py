@@ -13,6 +13,7 @@ from teratron.models.attention import AttentionCore, heads_of
 from teratron.models.contrast import TokenContrast
 from teratron.models.feed_forward import FeedForward, activate
 from teratron.models.head import LanguageHead
+from teratron.models.join import Join
 from teratron.models.latent import LatentAttention
 from teratron.models.leaves import Dropout, Embedding, Linear, Norm
 from teratron.models.moe import MoE
@@ -174,9 +175,10 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Last unit: final norm, with `transform` a dense layer; `output` then gives logits or losses.
+    """Last unit: final norm, with `transform` a dense layer; `output` then gives logits or losses of tokens, or `classes` scores.
 
-    `sentence` gives those of `pooled`, `contrast` the contrastive loss.
+    `sentence` gives those of `pooled`, which `classes` too reads where there is a pooler; `contrast` the contrastive loss. `join` is for
+    losses that compare tokens.
     """
 
     def __init__(self, config: ModelConfig, tied_to: str, shared_weight: nn.Parameter | None) -> None:
@@ -184,11 +186,18 @@ class Head(nn.Module):
         super().__init__()
         self.norm = block_norm(config) if config.norm_place != "post" else None
         self.shrinking, self.activation, width = config.output_factor, config.activation, config.hidden
-        self.transforms, self.pools = config.head_transform, config.pooler
+        language = config.head == "language"
+        self.transforms, self.pools = config.head_transform and language, config.pooler
+        self.join = Join()
+        if self.pools:
+            self.pooler = Linear(width, width, config.bias, config.matrix_std)
+        if config.head == "classes":
+            self.classes = LanguageHead(width, config.classes, 1, config.init_std, bias=True)
+        if not language:
+            return
         if self.transforms:
             self.transform, self.transform_norm = Linear(width, width, config.bias, config.matrix_std), block_norm(config)
         if self.pools:
-            self.pooler = Linear(width, width, config.bias, config.matrix_std)
             self.sentence = LanguageHead(width, 2, 1, config.init_std, bias=config.bias)
         name, bias = f"/{tied_to}" if config.tie_embeddings else ".weight", config.output_bias
         std = config.table_std if config.tie_embeddings else config.init_std
@@ -202,6 +211,11 @@ class Head(nn.Module):
         if self.transforms:
             hidden = self.transform_norm(activate(self.transform(hidden), self.activation))
         return {**state, "hidden": hidden if self.shrinking == 1 else hidden * self.shrinking}
+
+    def scores(self, state: State) -> Tensor:
+        """Of the classes at this rank's tokens, [B, s, C], from the last state."""
+        scores: Tensor = self.classes(state["pooled" if self.pools else "hidden"])
+        return scores
 
 
 def block_norm(config: ModelConfig) -> Norm:

@@ -61,7 +61,7 @@ class EncoderDecoder(Model):
         self.decoder = nn.ModuleDict({str(n): Block(config, n, f"decoder.{n}", cross=True) for n in numbers})
         if table is None and self.bridge is not None:
             table = self.bridge.embedding.tokens
-        weight = table.weight if table is not None and config.tie_embeddings else None
+        weight = table.weight if table is not None and config.ties_output else None
         self.head = Head(config, "embedding.tokens.weight", weight) if 2 * layers + 2 in units else None
 
     @classmethod
@@ -70,7 +70,7 @@ class EncoderDecoder(Model):
 
     @classmethod
     def table_units(cls, config: ModelConfig) -> tuple[int, ...]:
-        return (0, config.layers + 1, *((2 * config.layers + 2,) if config.tie_embeddings else ()))
+        return (0, config.layers + 1, *((2 * config.layers + 2,) if config.ties_output else ()))
 
     @classmethod
     def carried(cls, config: ModelConfig, unit: int) -> dict[str, str]:

@@ -31,7 +31,7 @@ class GPT(Model):
         ahead, last = config.predict_tokens > 1, config.layers - 1
         kinds = {n: TrunkBlock if ahead and n == last else Block for n in layers}
         self.blocks = nn.ModuleDict({str(n): kind(config, n, f"blocks.{n}") for n, kind in kinds.items()})
-        shared = self.embedding.tokens.weight if self.embedding is not None and config.tie_embeddings else None
+        shared = self.embedding.tokens.weight if self.embedding is not None and config.ties_output else None
         head = MultiTokenHead if ahead else Head
         self.head = head(config, "embedding.tokens.weight", shared) if config.layers + 1 in units else None
 

@@ -103,6 +103,7 @@ def flops_per_token(model: Model, seq_length: int, predicted: float = 1.0) -> fl
     weights: float = sum(torch.Size(p.shape).numel() * _share(p.name, predicted) for p in used if len(p.shape) == 2)
     weights += config.experts_per_token * sum(torch.Size(p.shape[1:]).numel() for p in used if len(p.shape) == 3)
     projections = predicted * config.predict_tokens - (not config.tie_embeddings)  # an untied one is already among the parts
+    projections *= config.head == "language"
     weights += projections * config.vocab_size * config.hidden
     layers = [*range(config.layers), *[config.layers - 1] * (config.predict_tokens - 1)]
     patterns = [FULL if config.attends_everywhere(layer) else pattern_of(config) for layer in layers]

@@ -85,6 +85,7 @@ HEAD: Plan = {
     "transform_norm": RESIDUAL_NORM,
     "pooler": Cut(_R, _R),
     "sentence": Cut(_R, _W),
+    "classes": Cut(_R, _W),
     "output": Cut(_R, _W, {"weight": 0, "bias": 0}),
 }
 

@@ -85,7 +85,7 @@ class Model(nn.Module):
     @classmethod
     def table_units(cls, config: ModelConfig) -> tuple[int, ...]:
         """The units that use the first one's table of tokens, itself among them."""
-        return (0, config.layers + 1) if config.tie_embeddings else (0,)
+        return (0, config.layers + 1) if config.ties_output else (0,)
 
     @classmethod
     def carried(cls, config: ModelConfig, unit: int) -> dict[str, str]:

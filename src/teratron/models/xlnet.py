@@ -66,7 +66,7 @@ class XLNet(Model):
         self.embedding = TwoStreamEmbedding(config) if 0 in units else None
         layers = [n - 1 for n in units if 1 <= n <= config.layers]
         self.blocks = nn.ModuleDict({str(n): TwoStreamBlock(config, n, f"blocks.{n}") for n in layers})
-        weight = self.embedding.tokens.weight if self.embedding is not None and config.tie_embeddings else None
+        weight = self.embedding.tokens.weight if self.embedding is not None and config.ties_output else None
         self.head = TwoStreamHead(config, "embedding.tokens.weight", weight) if config.layers + 1 in units else None
 
     @classmethod

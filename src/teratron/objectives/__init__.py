@@ -11,7 +11,9 @@ from teratron.config import Config
 from teratron.data.samples import Samples
 from teratron.data.special import Needs, SpecialTokens
 from teratron.models import Model, State
+from teratron.objectives.compared import Pointing, Preferred, Similar
 from teratron.objectives.denoising import Denoising
+from teratron.objectives.given import Classes, Supervised
 from teratron.objectives.layers import layer_counts, layer_loads, layer_terms
 from teratron.objectives.masked import Masked
 from teratron.objectives.next_token import NextToken
@@ -69,6 +71,11 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "denoising": Denoising,
     "prefix": PrefixLM,
     "ul2": MixtureOfDenoisers,
+    "supervised": Supervised,
+    "classes": Classes,
+    "pointing": Pointing,
+    "similar": Similar,
+    "preferred": Preferred,
 }
 
 

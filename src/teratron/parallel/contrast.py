@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from teratron.config import ParallelConfig
 from teratron.models import Model
 from teratron.models.contrast import TokenContrast
-from teratron.parallel.collectives import gather_sequence
-from teratron.parallel.mesh import Mesh
+from teratron.models.join import Join
+from teratron.parallel.collectives import gather_sequence, leave
+from teratron.parallel.mesh import Group, Mesh
 from teratron.parallel.twins import share_of
 
 
@@ -34,7 +36,29 @@ class SharedContrast(TokenContrast):
         return x
 
 
+class SequenceJoin(Join):
+    """Tensor ranks have shares of the tokens."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.group = group
+
+    def share(self, x_BS: Tensor) -> Tensor:
+        return share_of(x_BS, self.group)
+
+    def total(self, x: Tensor) -> Tensor:
+        return leave(x, self.group, False)
+
+    def every(self, x_BSC: Tensor) -> Tensor:
+        before, behind = self.group.rank * x_BSC.shape[1], (self.group.size - self.group.rank - 1) * x_BSC.shape[1]
+        return self.total(torch.nn.functional.pad(x_BSC, (0, 0, before, behind)))  # few features: cheaper than another collective's code
+
+
 def apply_contrast(model: Model, mesh: Mesh, parallel: ParallelConfig) -> None:
-    """Replace the contrast of a model's head, where it is here and sees a share of the tokens only."""
-    if model.head is not None and (mesh.context.size > 1 or parallel.sequence):
+    """Replace what compares tokens in a model's head, where it is here and sees a share of the tokens only."""
+    if model.head is None:
+        return
+    if mesh.context.size > 1 or parallel.sequence:
         model.head.contrast = SharedContrast(mesh, parallel.sequence)
+    if parallel.sequence:
+        model.head.join = SequenceJoin(mesh.tensor)

@@ -63,6 +63,8 @@ def absolute_paths(config: Config) -> Config:
     copies = config.checkpoint.copy_to
     if copies and "://" not in copies:
         paths["checkpoint.copy_to"] = os.path.abspath(copies)
+    if data.examples:
+        paths["data.examples"] = os.path.abspath(data.examples)
     if config.train.init:
         paths["train.init"] = os.path.abspath(config.train.init)
     return config.override({"data.text": tuple(map(os.path.abspath, data.text)), **paths, "data.tokenizer": tokenizer})

@@ -24,7 +24,7 @@ from teratron.checkpoint.reader import Checkpoint
 from teratron.checkpoint.training import check_data
 from teratron.config import Config, UserError
 from teratron.data.open import open_data
-from teratron.data.samples import KnownTokens, Samples
+from teratron.data.samples import Samples
 from teratron.models import build_model, flops_per_token, initial_values, parameter_count
 from teratron.objectives import Batch, Tally, build_objective
 from teratron.optim import LossScale, learning_rate, optim_at
@@ -167,7 +167,7 @@ class Trainer:
         """Weights of a new run: drawn, or those of `train.init`."""
         init, model = self.config.train.init, self.config.model
         given = self._together(lambda: weights_for(Path(init), model)) if init else None
-        self.optimizer.initialise(self.config.train.seed, initial_values if given is None else lambda part, _, box: given[part.name][box])
+        self.optimizer.initialise(self.config.train.seed, initial_values if given is None else lambda part, _, box: given[part.name].values()[box])
 
     def _newest(self, config: Config) -> Checkpoint | None:
         """The newest good checkpoint."""
@@ -424,12 +424,12 @@ class Trainer:
 
     def _batch(self, samples: Samples, index: np.ndarray) -> Batch:
         special = self.data.special
-        batch = self.engine.objective.prepare(KnownTokens(samples, special.vocab_size), index, special)
+        batch = self.engine.objective.prepare(samples, index, special)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _valid_batches(self) -> Iterator[Batch]:
         """This rank's share of the held-out windows, as many batches as every rank gets."""
-        if self.data.valid is None:
+        if self.data.valid is None or self.data.valid.count is None:
             raise UserError("there is no held-out data: set data.valid, or data.split with a second part")
         size, limit = self.config.largest_batch, self.data.valid.count
         if self.config.train.eval_batches:

@@ -1,0 +1,108 @@
+"""Examples of a task: named arrays of unequal length in one safetensors file, taken as batches in an order that is keyed by the seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from teratron.config import UserError
+from teratron.data.order import permute
+
+Example = Mapping[str, np.ndarray]
+"""1-D arrays by the names that they have in a batch: `tokens`, `targets`, `weights`, `segments` ...; those of a stream, such as
+`encoder_tokens`, are of one length."""
+STREAMS = ("encoder_", "")
+ROUND = 8
+"""Batches are as long as their longest example, rounded up to a multiple of this."""
+_LENGTHS = "lengths"
+
+
+def write_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Write examples, which must all have the same fields, one behind the other."""
+    from safetensors.numpy import save_file
+
+    fields = {name: [np.asarray(example[name]) for example in examples] for name in examples[0]}
+    arrays = {
+        name: np.concatenate(values).astype(np.float32 if values[0].dtype.kind == "f" else np.int32) for name, values in fields.items()
+    }
+    for stream in STREAMS:
+        if f"{stream}tokens" in fields:
+            arrays[f"{stream}{_LENGTHS}"] = np.array([len(values) for values in fields[f"{stream}tokens"]], np.int64)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(arrays, partial)
+    partial.replace(path)
+
+
+class Examples:
+    """The examples of a file: endless and shuffled in each epoch, or once in their order. A `Samples` that gives batches, not rows."""
+
+    def __init__(self, path: Path, seq_length: int, seed: int | None = None) -> None:
+        """seed: of the order; None = each example once, as they stand. Raises `UserError` for another file, and for what is too long."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            self._fields = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: no readable file of examples ({error}): make it again with `teratron finetune`") from None
+        self.path, self.seq_length, self._seed = path, seq_length, seed
+        self._lengths = {s: self._fields.pop(f"{s}{_LENGTHS}") for s in STREAMS if f"{s}{_LENGTHS}" in self._fields}
+        self._starts = {stream: np.cumsum(lengths) - lengths for stream, lengths in self._lengths.items()}
+        self.size = len(self._lengths[""])
+        """How many there are."""
+        self.count: int | None = self.size if seed is None else None
+        longest = max(int(lengths.max()) for lengths in self._lengths.values())
+        if longest > seq_length:
+            raise UserError(f"{path}: holds an example of {longest} tokens, model.seq_length is {seq_length}: raise it to {longest}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all examples, of every stream."""
+        return sum(int(lengths.sum()) for lengths in self._lengths.values())
+
+    def identity(self) -> str:
+        """What the file holds, for comparison."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+
+    def rows(self, index: np.ndarray) -> np.ndarray:
+        raise TypeError("examples are taken, not read as rows")
+
+    def numbers(self, index: np.ndarray) -> np.ndarray:
+        """Which examples the samples `index` are: in each epoch every one once, in an order of its own."""
+        if self._seed is None:
+            return index
+        epochs, places = np.divmod(index, self.size)
+        return permute(places, self.size, self._seed, epochs)
+
+    def take(self, index: np.ndarray) -> dict[str, torch.Tensor]:
+        """The batch of the samples `index` [B]: every field [B, S], `positions` where the examples have none, `sample` [B].
+
+        At padding `segments` is -1, all else 0; examples without segments have `real` where there is padding, False there.
+        """
+        numbers = self.numbers(np.asarray(index))
+        batch: dict[str, torch.Tensor] = {"sample": torch.from_numpy(np.array(index, np.int64))}
+        for stream, lengths in self._lengths.items():
+            batch |= self._stream(stream, lengths[numbers], self._starts[stream][numbers])
+        return batch
+
+    def _stream(self, stream: str, lengths: np.ndarray, starts: np.ndarray) -> dict[str, torch.Tensor]:
+        longest = min(-(-int(lengths.max()) // ROUND) * ROUND, self.seq_length)
+        place = np.arange(longest)
+        real = place < lengths[:, None]
+        where = np.where(real, starts[:, None] + place, 0)
+        found: dict[str, np.ndarray] = {}
+        for name, values in self._fields.items():
+            if name.startswith("encoder_") == bool(stream):
+                found[name] = np.where(real, values[where], -1 if name.endswith("segments") else 0)
+        found.setdefault(f"{stream}positions", np.broadcast_to(place, real.shape))
+        if f"{stream}segments" not in found and not real.all():
+            found[f"{stream}real"] = real
+        return {name: torch.from_numpy(np.ascontiguousarray(_wide(values))) for name, values in found.items()}
+
+
+def _wide(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.int64) if values.dtype.kind == "i" else values
