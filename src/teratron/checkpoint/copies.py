@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from teratron.checkpoint.format import SEAL, discard, publish
 from teratron.checkpoint.reader import Candidate, Checkpoint, folder_step, open_checkpoint
-from teratron.checkpoint.training import surplus
+from teratron.checkpoint.training import saved_state, surplus
 from teratron.config import CheckpointConfig, UserError
 
 _BLOCK = 2**24
@@ -58,7 +58,7 @@ class Copies:
                 self.files.rm(place, recursive=True)
             for name, source in sources.items():
                 self._copy_file(source, f"{place}/{name}")
-            for step in surplus(self.steps(), checkpoint.step, self.config):
+            for step in surplus(self.steps(), saved_state(checkpoint), self.config):
                 self.files.rm(f"{self.root}/step-{step:08d}", recursive=True)
 
     def _copy_file(self, source: BinaryIO, place: str) -> None:

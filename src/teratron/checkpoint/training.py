@@ -45,6 +45,8 @@ class TrainingState:
     """What was changed on the way: (first step, what, its value), by first step; these may lie ahead."""
     noise: tuple[float, ...] = ()
     """Smoothed signal and variance of the gradient, as `log.noise_scale` has measured them; none before."""
+    best: tuple[float, ...] = ()
+    """The best evaluation's score, greater being better, and its step, where `train.patience` asks for it; none before the first."""
 
 
 def save_training(
@@ -72,7 +74,7 @@ def save_training(
         content["data"] = dict(data)
     write_checkpoint(folder, pieces, content, extra, group, machines)
     agree(group, lambda: _verify(folder, machines))
-    agree(group, lambda: remove_old(run, state.step, config.checkpoint) if machines.leads else None)
+    agree(group, lambda: remove_old(run, state, config.checkpoint) if machines.leads else None)
     return folder
 
 
@@ -83,15 +85,15 @@ def _verify(folder: Path, machines: Machines) -> None:
     checkpoint.verify(machines.share(checkpoint.manifest["files"].keys() - elsewhere))
 
 
-def surplus(steps: Sequence[int], newest: int, config: CheckpointConfig) -> list[int]:
-    """Of the steps of checkpoints, newest first, those that may go once that of step `newest` is verified."""
+def surplus(steps: Sequence[int], newest: TrainingState, config: CheckpointConfig) -> list[int]:
+    """Of the steps of checkpoints, newest first, those that may go once that of state `newest` is verified."""
     # A later one is damaged and was passed over: it must not push out a good one.
-    older = [step for step in steps if step <= newest][config.keep :] if config.keep else []
-    return [step for step in older if not config.keep_every or step % config.keep_every]
+    older = [step for step in steps if step <= newest.step][config.keep :] if config.keep else []
+    return [step for step in older if step not in newest.best[1:] and (not config.keep_every or step % config.keep_every)]
 
 
-def remove_old(run: Path, newest: int, config: CheckpointConfig) -> None:
-    """Remove the checkpoints that may go once that of step `newest` is verified; raises `UserError` where one cannot be."""
+def remove_old(run: Path, newest: TrainingState, config: CheckpointConfig) -> None:
+    """Remove the checkpoints that may go once that of state `newest` is verified; raises `UserError` where one cannot be."""
     folders = {folder_step(folder.name) or 0: folder for folder in checkpoint_folders(run)}
     for step in surplus(list(folders), newest, config):
         _remove(folders[step])
@@ -114,7 +116,7 @@ def saved_state(checkpoint: Checkpoint) -> TrainingState:
         left_out, losses = tuple(map(int, saved.get("left_out", ()))), tuple(map(float, saved.get("losses", ())))
         counts = int(saved["step"]), int(saved["tokens"]), float(saved["seconds"]), phases, int(saved.get("skipped", 0))
         live = tuple((int(step), str(name), float(value)) for step, name, value in saved.get("live", ()))
-        return TrainingState(*counts, scale, left_out, losses, live, tuple(map(float, saved.get("noise", ()))))
+        return TrainingState(*counts, scale, left_out, losses, live, *(tuple(map(float, saved.get(name, ()))) for name in ("noise", "best")))
     except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{checkpoint.folder}/manifest.json: holds no state of a training run: it can be used, not trained on") from None
 

@@ -36,6 +36,7 @@ FREE_ON_RESUME = (
     "train.stop_after",
     "train.eval_every",
     "train.eval_batches",
+    "train.patience",
     "train.micro_batch",
     "train.recompute",
     "train.recompute_every",

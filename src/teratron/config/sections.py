@@ -338,6 +338,8 @@ class TrainConfig(Section):
                 f"train.recompute_every = {self.recompute_every} with train.recompute = none, which makes nothing again: "
                 "set --train.recompute full or selective, or leave train.recompute_every out"
             )
+        if self.patience and not self.eval_every:
+            raise UserError(f"train.patience = {self.patience} counts evaluations, train.eval_every = 0 makes none: set train.eval_every")
 
 
 @dataclass(frozen=True)

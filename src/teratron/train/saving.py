@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from teratron.checkpoint import Checkpoint, TrainingState, newest_checkpoint, open_checkpoint, save_training
+from teratron.checkpoint import Checkpoint, TrainingState, newest_checkpoint, open_checkpoint, save_training, saved_state
 from teratron.checkpoint.agree import agree
 from teratron.checkpoint.background import Background
 from teratron.checkpoint.copies import Copies
@@ -283,7 +283,7 @@ def find_start(run: Path, config: CheckpointConfig, memory: Iterable[Candidate],
     others = [*memory, *(Copies(config, run).candidates() if config.copy_to else ())]
     found = newest_checkpoint(run, say, others=others)
     if found is not None and found.folder.parent == run / "checkpoints":
-        remove_old(run, found.step, config)
+        remove_old(run, saved_state(found), config)
     saved = _saved_step(run) if found is None else None
     if saved is not None:
         raise UserError(

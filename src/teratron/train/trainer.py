@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -166,8 +167,11 @@ class Trainer:
     def _begin(self) -> None:
         """Weights of a new run: drawn, or those of `train.init`."""
         init, model = self.config.train.init, self.config.model
-        given = self._together(lambda: weights_for(Path(init), model)) if init else None
-        self.optimizer.initialise(self.config.train.seed, initial_values if given is None else lambda part, _, box: given[part.name].values()[box])
+        given, new = self._together(lambda: weights_for(Path(init), model)) if init else ({}, ())
+        if new:
+            self.console.say(f"new: {', '.join(new[:3])}{f' and {len(new) - 3} more' if len(new) > 3 else ''}")
+        values = {name: entry.values for name, entry in given.items()}
+        self.optimizer.initialise(self.config.train.seed, partial(initial_values, given=values))
 
     def _newest(self, config: Config) -> Checkpoint | None:
         """The newest good checkpoint."""
@@ -204,8 +208,9 @@ class Trainer:
         if self._lock is not None and self._lock.closed:
             self._lock = lock(self.run)
         try:
-            if self.state.step >= total:
+            if self._complete():
                 more = "--train.steps N" if total == self.config.train.steps else f"take stop_step out of {self.live.path}"
+                more = more if self.state.step >= total else "raise train.patience"
                 self.console.say(f"{self.run} is complete: step {self.state.step} of {total}; to train on: {more}")
                 result = Result(self.state.step, math.nan, math.nan)
             else:
@@ -244,7 +249,7 @@ class Trainer:
 
     def _loop(self, metrics: Metrics | Silence, interrupt: Interrupt, saver: Saver) -> Result:
         config, loss, valid_loss, stop = self.config.train, math.nan, math.nan, 0
-        while self.state.step < self.live.last_step(config.steps):
+        while not self._complete():
             step, losses = self.state.step + 1, self.state.losses
             self.mesh.doing.at(step)
             if step in self.state.left_out:
@@ -258,16 +263,18 @@ class Trainer:
             last = step == self.live.last_step(config.steps)
             if self.data.valid is not None and (last or (config.eval_every and step % config.eval_every == 0)):
                 valid_loss = self._report_evaluation(step, metrics)
+                last = self._complete()
             if last or step % self.config.log.every == 0:
                 metrics.write("ranks", step=step, **self.watch.report(), time=time.time())
-            wishes = interrupt.asked, saver.failed, saver.due(step), self.tracer.asked(), self.live.asked()
+            due = Place.DISK if step in self.state.best[1:] else saver.due(step)
+            wishes = interrupt.asked, saver.failed, due, self.tracer.asked(), self.live.asked()
             stop, failed, place, trace, changed = self._most(*wishes)
             if trace:
                 self.tracer.step = step + 1
             if changed:
                 self.live.look()
                 self._take_changes(metrics)
-                last = step >= self.live.last_step(config.steps)
+                last = self._complete()
             if failed:
                 saver.finish()
             if last or stop or place:
@@ -277,6 +284,17 @@ class Trainer:
                 break
         self.guard.tell_overflows(self.state.step, self.loss_scale.scale)
         return Result(self.state.step, loss, valid_loss, stop if self.state.step < config.steps else 0)
+
+    def _complete(self) -> bool:
+        """Whether the run has come to its last step, or to the end of `train.patience`."""
+        train, state = self.config.train, self.state
+        weary = bool(train.patience and state.best) and state.step - state.best[1] >= train.patience * train.eval_every
+        return weary or state.step >= self.live.last_step(train.steps)
+
+    def _remember_best(self, score: float) -> None:
+        """Note an evaluation's score, the greater the better, where one is to be the best."""
+        if self.config.train.patience and (not self.state.best or score > self.state.best[0]):
+            self.state = replace(self.state, best=(score, self.state.step))
 
     def _end(self, metrics: Metrics | Silence, result: Result) -> None:
         done = "done" if self.state.step == self.config.train.steps else "stopped"
@@ -385,6 +403,7 @@ class Trainer:
         tally = self._evaluate()
         loss = tally.loss()
         terms, more = tally.means(), {}
+        self._remember_best(terms.get("accuracy", -loss))
         told = "".join(f", {name} {mean:.4f}" for name, mean in terms.items()) if len(terms) > 1 else ""
         if self.config.objective.name == "next_token":  # others predict tokens from both sides: no probability of a text follows from it
             more = {"perplexity": math.exp(min(loss, 700.0))}
