@@ -85,5 +85,5 @@ def test_what_is_refused(
 def test_weights_to_begin_with_must_be_there(tmp_path: Path) -> None:
     from teratron.checkpoint import weights_for
 
-    with pytest.raises(UserError, match="no such file: give one that `teratron convert"):
+    with pytest.raises(UserError, match="no such file or folder: give a run, a checkpoint, a file of `teratron convert`"):
         weights_for(tmp_path / "none.safetensors", config().model)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny
 from torch import Tensor
 
-from teratron.checkpoint import TrainingState, open_model, save_training, stream, weights
+from teratron.checkpoint import TrainingState, open_model, save_training, stream, weights_file
+from teratron.checkpoint.tensors import TensorFiles
 from teratron.cli.main import main
 from teratron.config import Config
 from teratron.models import build_model, parts_of
@@ -107,7 +108,7 @@ def test_generate_takes_the_file_with_a_tokenizer(tmp_path: Path, capsys: pytest
 def test_only_one_tensor_is_held_at_a_time(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is put together when its turn has come, and gone when the next one is."""
     alive: list[weakref.ref[Any]] = []
-    original = weights.TensorFiles.read
+    original = TensorFiles.read
 
     def watched(*arguments: object) -> Tensor:
         assert not any(reference() is not None for reference in alive), "the memory of the one before is still held"
@@ -115,7 +116,7 @@ def test_only_one_tensor_is_held_at_a_time(saved: Path, tmp_path: Path, monkeypa
         alive.append(weakref.ref(memory))
         return torch.from_numpy(memory)
 
-    monkeypatch.setattr(weights.TensorFiles, "read", watched)
+    monkeypatch.setattr(TensorFiles, "read", watched)
     assert main(["convert", str(saved), str(tmp_path / "out.safetensors")]) == 0
     assert len(alive) == len(weights_of(training_state()))
 
@@ -155,7 +156,7 @@ def test_a_full_disk_leaves_the_former_file(
         partial.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights, "write_safetensors", full)
+    monkeypatch.setattr(weights_file, "write_safetensors", full)
     assert "No space left on device" in refused(capsys, saved, path, "--overwrite")
     assert path.read_bytes() == b"precious"
     assert sorted(item.name for item in tmp_path.iterdir()) == ["out.safetensors", "run"]
@@ -165,7 +166,7 @@ def test_numbers_that_fp16_cannot_hold_are_refused(tmp_path: Path, capsys: pytes
     tensors = training_state()
     tensors["weight/head.norm.weight"][3] = -1e6
     folder = save_training(tmp_path, config(), whole_pieces(tensors), TrainingState(40))
-    assert "weight/head.norm.weight holds 1e+06" in refused(capsys, folder, tmp_path / "out.safetensors", "--dtype", "fp16")
+    assert "head.norm.weight holds 1e+06" in refused(capsys, folder, tmp_path / "out.safetensors", "--dtype", "fp16")
     assert not (tmp_path / "out.safetensors").exists()
     assert main(["convert", str(folder), str(tmp_path / "out.safetensors"), "--dtype", "bf16"]) == 0
 

@@ -13,8 +13,7 @@ import torch
 from tiny import tiny
 
 import teratron
-from teratron.checkpoint import TrainingState, open_checkpoint, read_weights, save_training
-from teratron.checkpoint.huggingface import load_huggingface
+from teratron.checkpoint import TrainingState, open_checkpoint, open_weights, save_training
 from teratron.config import UserError
 from teratron.parallel.boxes import Box, Piece
 
@@ -108,12 +107,12 @@ def test_a_pickle_in_place_of_the_manifest_is_refused_and_not_run(tmp_path: Path
 def test_a_pickle_in_place_of_weights_is_refused_and_not_run(tmp_path: Path, how: str) -> None:
     pickled(tmp_path / "trapped", how, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="not a readable safetensors file"):
-        read_weights(tmp_path / "model.safetensors")
+        open_weights(tmp_path / "model.safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes((tmp_path / "model.safetensors").read_bytes())
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError):
-        load_huggingface(tmp_path)
+        open_weights(tmp_path)
     assert not (tmp_path / "trapped").exists()
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mutations import BYTES, TREES, as_json, edit_bytes, edit_tree, hunt
 from tiny import tiny
 
-from teratron.checkpoint import TrainingState, open_checkpoint, read_weights, save_training, saved_state, write_weights
+from teratron.checkpoint import TrainingState, open_checkpoint, open_weights, save_training, saved_state, write_weights
 from teratron.checkpoint.describe import describe_checkpoint
 from teratron.config import Config
 from teratron.data.bpe import train_bpe
@@ -116,12 +116,13 @@ def tensors(folder: Path) -> Fuzz:
 def weights(folder: Path) -> Fuzz:
     """The file of `teratron convert`."""
     file = folder / "weights.safetensors"
-    write_weights(open_checkpoint(checkpoint(folder)), file)
+    write_weights(open_weights(checkpoint(folder)), file)
     valid = file.read_bytes()
 
     def read(edits: Any) -> None:
         file.write_bytes(edit_bytes(valid, edits))
-        read_weights(file)
+        for entry in open_weights(file).parts:
+            entry.values()
 
     return BYTES, read
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from teratron.checkpoint.architecture import Architecture, Settings, Source
 from teratron.checkpoint.huggingface_bert import BERTS
 from teratron.checkpoint.huggingface_t5 import ENCODER_DECODERS
+from teratron.checkpoint.source import Weights, tokenizer_in
+from teratron.checkpoint.stream import Entry
 from teratron.config import ModelConfig, UserError
 from teratron.models import build_model, parts_of
 
@@ -29,6 +31,13 @@ _BUFFERS = re.compile(
 def is_huggingface(folder: Path) -> bool:
     """Whether a folder looks like a Hugging Face model (supported or not): it has a `config.json`."""
     return (folder / "config.json").is_file()
+
+
+def open_huggingface(folder: Path) -> Weights:
+    """The weights of a folder, and its tokenizer."""
+    config, tensors = load_huggingface(folder)
+    parts = [Entry(name, tensor.dtype, tensor.shape, tensor.detach) for name, tensor in tensors.items()]
+    return Weights(config, parts, tokenizer_in(folder), str(folder))
 
 
 def load_huggingface(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from teratron.checkpoint.agree import agree
-from teratron.checkpoint.huggingface import is_huggingface, load_huggingface
-from teratron.checkpoint.reader import Checkpoint, newest_checkpoint, open_checkpoint
+from teratron.checkpoint.exchange import is_foreign, load_entries, open_weights
+from teratron.checkpoint.reader import Checkpoint, find_checkpoint, open_checkpoint
+from teratron.checkpoint.source import tokenizer_in
 from teratron.checkpoint.tensors import fill_pieces
-from teratron.checkpoint.weights import read_weights
-from teratron.config import Config, ModelConfig, UserError, nearest
-from teratron.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from teratron.models import GPT, EncoderDecoder, load_parts, parts_of
+from teratron.config import Config, ModelConfig, UserError
+from teratron.data.tokenizer import Tokenizer
+from teratron.models import GPT, EncoderDecoder, parts_of
 from teratron.models.parts import check_parts
 from teratron.parallel.apply import cut_model, materialise
 from teratron.parallel.boxes import Box, Piece
@@ -42,42 +41,16 @@ def open_model(
     reads no more than it holds. Raises `UserError` for anything else.
     """
     path, mesh = Path(source), mesh or Mesh()
-    if path.is_file():
-        run, step, tensors = read_weights(path)
-        model = _empty(run.model, device, dtype or _native(run), mesh)
-        load_parts(model, tensors)
-        return LoadedModel(model, run.model, None, f"{path} (step {step:,})")
-    if path.is_dir() and is_huggingface(path):
-        config, tensors = load_huggingface(path)
-        model = _empty(config, device, dtype or torch.float32, mesh)
-        load_parts(model, tensors)
-        return LoadedModel(model, config, _tokenizer(path), str(path))
+    if is_foreign(path):
+        weights = open_weights(path)
+        model = _empty(weights.config, device, dtype or _native(weights.run), mesh)
+        load_entries(model, weights.parts)
+        return LoadedModel(model, weights.config, weights.tokenizer, weights.name)
     checkpoint = _same_checkpoint(path, mesh)
     run = checkpoint.config()
     model = _empty(run.model, device, dtype or _native(run), mesh)
     _fill(model, checkpoint)
-    return LoadedModel(model, run.model, _tokenizer(checkpoint.folder / "tokenizer"), f"{path} (step {checkpoint.step:,})")
-
-
-def find_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
-    """The checkpoint that a folder is, or the newest good one of a run; what is passed over is named on standard error.
-
-    verify: compare checksums, else look at the manifest only. Raises `UserError` when there is none.
-    """
-    if folder.is_file():
-        raise UserError(f"{folder}: is a file, expected a folder: give a checkpoint, or a run of `teratron train`")
-    if not folder.is_dir():
-        near = nearest(folder.name, [p.name for p in folder.parent.iterdir()]) if folder.parent.is_dir() else ""
-        raise UserError(f"{folder}: no such run, checkpoint or model{near}")
-    if (folder / "manifest.json").is_file():
-        checkpoint = open_checkpoint(folder)
-        if verify:
-            checkpoint.verify()
-        return checkpoint
-    newest = newest_checkpoint(folder, lambda text: print(text, file=sys.stderr), verify)
-    if newest is None:
-        raise UserError(f"{folder}: no checkpoint here; give a run folder of `teratron train`, a checkpoint, or a Hugging Face folder")
-    return newest
+    return LoadedModel(model, run.model, tokenizer_in(checkpoint.folder / "tokenizer"), f"{path} (step {checkpoint.step:,})")
 
 
 def _same_checkpoint(folder: Path, mesh: Mesh) -> Checkpoint:
@@ -93,8 +66,8 @@ def _same_checkpoint(folder: Path, mesh: Mesh) -> Checkpoint:
     return found[0] if found else open_checkpoint(Path(name))
 
 
-def _native(config: Config) -> torch.dtype:
-    return torch.float64 if config.train.precision == "fp64" else torch.float32
+def _native(config: Config | None) -> torch.dtype:
+    return torch.float64 if config is not None and config.train.precision == "fp64" else torch.float32
 
 
 def _empty(config: ModelConfig, device: str | torch.device, dtype: torch.dtype, mesh: Mesh) -> GPT | EncoderDecoder:
@@ -120,8 +93,3 @@ def _fill(model: GPT | EncoderDecoder, checkpoint: Checkpoint) -> None:
         for part in parts
     ]
     fill_pieces(checkpoint.folder, checkpoint.tensors, pieces)
-
-
-def _tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer in a folder, or None when there is no file of one."""
-    return load_tokenizer(folder) if folder.is_dir() and find_tokenizer(folder) else None

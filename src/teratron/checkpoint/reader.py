@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -152,3 +153,24 @@ def newest_checkpoint(run: Path, warn: Callable[[str], None], verify: bool = Tru
     if damaged:
         raise UserError(f"{run}: no good checkpoint is left ({damaged} damaged); start again in another --run folder")
     return None
+
+
+def find_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
+    """The checkpoint that a folder is, or the newest good one of a run; what is passed over is named on standard error.
+
+    verify: compare checksums, else look at the manifest only. Raises `UserError` when there is none.
+    """
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file, expected a folder: give a checkpoint, or a run of `teratron train`")
+    if not folder.is_dir():
+        near = nearest(folder.name, [p.name for p in folder.parent.iterdir()]) if folder.parent.is_dir() else ""
+        raise UserError(f"{folder}: no such run, checkpoint or model{near}")
+    if (folder / "manifest.json").is_file():
+        checkpoint = open_checkpoint(folder)
+        if verify:
+            checkpoint.verify()
+        return checkpoint
+    newest = newest_checkpoint(folder, lambda text: print(text, file=sys.stderr), verify)
+    if newest is None:
+        raise UserError(f"{folder}: no checkpoint here; give a run folder of `teratron train`, a checkpoint, or a Hugging Face folder")
+    return newest

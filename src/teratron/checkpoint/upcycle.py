@@ -6,12 +6,14 @@ Every expert begins as a copy, the router anew. A token's gates add up to 1, so 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from teratron.checkpoint.source import Weights
 from teratron.checkpoint.stream import Entry
 from teratron.config import Config, UserError
 from teratron.models import build_model, initial_values, parts_of
@@ -19,13 +21,14 @@ from teratron.models import build_model, initial_values, parts_of
 _FEED_FORWARD = re.compile(r"(blocks\.\d+\.ffn)\.(gate|up|down)\.weight")
 
 
-def upcycle(config: Config, entries: Sequence[Entry], experts: int, experts_per_token: int) -> tuple[Config, list[Entry]]:
-    """A run's config and weights with so many experts in every block. Raises `UserError` for a model that has no dense twin."""
-    model = config.model
+def upcycle(weights: Weights, experts: int, experts_per_token: int) -> Weights:
+    """Weights with so many experts in every block. Raises `UserError` for a model that has no dense twin."""
+    config, model = weights.run_config(), weights.config
     _check(config, experts, experts_per_token)
     keys = {"experts": experts, "experts_per_token": experts_per_token, "expert_ffn": model.ffn_width, "normalise_gates": True}
     changed = config.override({f"model.{name}": value for name, value in keys.items()})
-    return changed, [*(_copied(entry, experts) for entry in entries), *_routers(changed, entries[0].dtype)]
+    parts = [*(_copied(entry, experts) for entry in weights.parts), *_routers(changed, weights.parts[0].dtype)]
+    return replace(weights, config=changed.model, run=changed, parts=parts)
 
 
 def _check(config: Config, experts: int, experts_per_token: int) -> None:

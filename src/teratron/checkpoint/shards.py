@@ -1,0 +1,77 @@
+"""Safetensors files read as a stream: what they hold is known at once, a tensor is read when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from teratron.checkpoint.stream import NAMES, Entry
+from teratron.config import UserError
+
+_DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
+
+class Shards:
+    """The tensors of some safetensors files by name, memory-mapped.
+
+    Raises `UserError` that ends with `advice` for a file that cannot be read, and for a tensor that two files hold.
+    """
+
+    def __init__(self, files: Sequence[Path], advice: str) -> None:
+        self.advice = advice
+        self._opened = {path: self._open(path) for path in files}
+        self._places: dict[str, Path] = {}
+        for path, opened in self._opened.items():
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                if name in self._places:
+                    raise UserError(f"{path}: holds {name}, and so does {self._places[name].name}; {advice}")
+                self._places[name] = path
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def names(self) -> list[str]:
+        return list(self._places)
+
+    def metadata(self, path: Path) -> dict[str, str]:
+        """The text in a file's header."""
+        return self._opened[path].metadata() or {}
+
+    def entry(self, name: str) -> Entry:
+        """A tensor by name. Raises `UserError` for numbers of a type that is not written here, such as of 8 bits."""
+        path = self._places[name]
+        with self._reading(path):
+            header = self._opened[path].get_slice(name)
+            kind, shape = header.get_dtype(), header.get_shape()
+        if kind not in _DTYPES:
+            raise UserError(f"{path}: {name} holds {kind}, expected {'|'.join(_DTYPES)}: use unquantised weights")
+        return Entry(name, _DTYPES[kind], shape, partial(self.read, name))
+
+    def entries(self) -> Iterator[Entry]:
+        return map(self.entry, self._places)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, memory-mapped."""
+        path = self._places[name]
+        with self._reading(path):
+            return self._opened[path].get_tensor(name)
+
+    def _open(self, path: Path) -> Any:
+        from safetensors import safe_open
+
+        with self._reading(path):
+            return safe_open(path, framework="pt")
+
+    @contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error}); {self.advice}") from None
