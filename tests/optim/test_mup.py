@@ -83,7 +83,7 @@ def test_at_the_base_width_nothing_changes(tied: bool) -> None:
 
 def test_rates_and_decay_of_matrices_between_features_alone_are_scaled() -> None:
     shape, optim = config(256, 64, experts=2), OptimConfig(weight_decay=0.1)
-    found = {part.name: treatment_of(part, optim, shape.widening) for part in parts_of(build_model(shape, device="meta"))}
+    found = {part.name: treatment_of(part, optim, shape) for part in parts_of(build_model(shape, device="meta"))}
     scaled = {name for name, treatment in found.items() if (treatment.lr, treatment.decay) == (0.25, 0.4)}
     assert {name for name in found if name.endswith(("q.weight", "output.weight", "up.weight", "router.weight"))} <= scaled
     assert all(name.startswith("blocks.") and name.endswith(".weight") and "norm" not in name for name in scaled)

@@ -33,10 +33,10 @@ def test_frozen_parts_stay_and_have_no_state() -> None:
 def test_of_groups_that_match_the_same_part_later_ones_win() -> None:
     config = OptimConfig(weight_decay=0.3, groups=("*: lr=0.5", "blocks.0.*: frozen", "*.bias: decay=0.2", "*.q.*: lr=2"))
     parts = {part.name: part for part in Stages({0: made()}).parts()}
-    assert treatment_of(parts["blocks.1.ffn.up.weight"], config) == Treatment(0.5, 0.3)
-    assert treatment_of(parts["blocks.0.ffn.up.weight"], config) == Treatment(0.5, 0.3, frozen=True)
-    assert treatment_of(parts["blocks.1.attention.q.bias"], config) == Treatment(2.0, 0.2)
-    assert not treatment_of(parts["blocks.0.attention.q.weight"], config).frozen
+    assert treatment_of(parts["blocks.1.ffn.up.weight"], config, CONFIG) == Treatment(0.5, 0.3)
+    assert treatment_of(parts["blocks.0.ffn.up.weight"], config, CONFIG) == Treatment(0.5, 0.3, frozen=True)
+    assert treatment_of(parts["blocks.1.attention.q.bias"], config, CONFIG) == Treatment(2.0, 0.2)
+    assert not treatment_of(parts["blocks.0.attention.q.weight"], config, CONFIG).frozen
 
 
 @pytest.mark.parametrize(

@@ -1,136 +1,18 @@
-"""One safetensors file of plain weights: what a checkpoint becomes when it is only to be used."""
+"""Weights that a run begins with."""
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from teratron.checkpoint.format import sync_folder
-from teratron.checkpoint.manifest import StoredTensor, whole
-from teratron.checkpoint.reader import Checkpoint
-from teratron.checkpoint.stream import Entry, write_safetensors
-from teratron.checkpoint.tensors import TensorFiles
-from teratron.config import Config, ModelConfig, UserError
-from teratron.config.config import flatten
+from teratron.checkpoint.adapters import merged
+from teratron.checkpoint.exchange import open_weights
+from teratron.checkpoint.stream import Entry
+from teratron.config import ModelConfig, UserError
 from teratron.models import build_model, parts_of
 from teratron.models.parts import check_parts
-
-FORMAT, VERSION = "teratron-weights", "1"
-_WEIGHT = "weight/"
-Change = Callable[[Config, Sequence[Entry]], tuple[Config, list[Entry]]]
-"""Another model made from a run's config and weights."""
-
-
-def write_weights(
-    checkpoint: Checkpoint, output: Path, dtype: torch.dtype | None = None, overwrite: bool = False, change: Change | None = None
-) -> int:
-    """Write a checkpoint's weights, whole and under their parts' names, into one safetensors file; returns its bytes.
-
-    Part by part, so that memory holds about the largest one; the file appears when it is complete. Its metadata are `format`,
-    `version`, `step` and `config` (JSON).
-
-    Args: dtype: None = as they are stored; change: write what it makes of them. Raises `UserError` when the file exists (without
-    overwrite) or cannot be written, and for weights that are too large for the dtype.
-    """
-    _check_output(output, overwrite)
-    weights = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith(_WEIGHT)]
-    if not weights:
-        raise UserError(f"{checkpoint.folder}: holds no weights; use another checkpoint")
-    config: Mapping[str, Any] = checkpoint.manifest["config"]
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        with checkpoint.open() as files:
-            entries = list(_entries(files, weights, dtype))
-            if change is not None:
-                changed, entries = change(checkpoint.config(), entries)
-                config = tomllib.loads(changed.to_toml())
-            _check_space(output, sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in entries))
-            metadata = {"format": FORMAT, "version": VERSION, "step": str(checkpoint.step), "config": json.dumps(config)}
-            written = write_safetensors(partial, entries, metadata)
-        partial.replace(output)
-        sync_folder(output.parent)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror or error}: free some space, or choose another place") from None
-    finally:
-        partial.unlink(missing_ok=True)
-    return int(written["bytes"])
-
-
-def _entries(files: TensorFiles, weights: list[StoredTensor], dtype: torch.dtype | None) -> Iterator[Entry]:
-    for tensor in weights:
-        target = dtype or tensor.dtype
-
-        def values(tensor: StoredTensor = tensor, target: torch.dtype = target) -> Tensor:
-            found = files.read(tensor.name, whole(tensor.shape))
-            _check_range(tensor.name, found, target)
-            return found
-
-        yield Entry(tensor.name.removeprefix(_WEIGHT), target, tensor.shape, values)
-
-
-def _check_range(name: str, values: Tensor, dtype: torch.dtype) -> None:
-    """Refuse numbers that would become infinite."""
-    limit = torch.finfo(dtype).max
-    if torch.finfo(values.dtype).max <= limit or not values.numel():
-        return
-    largest = max(abs(float(bound)) for bound in torch.aminmax(values))
-    if limit < largest < float("inf"):
-        kind = str(dtype).removeprefix("torch.")
-        raise UserError(f"{name} holds {largest:.4g}, more than the {limit:.4g} of {kind}: choose bf16, or leave --dtype out")
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.suffix != ".safetensors":
-        raise UserError(f"{output}: expected a name that ends with .safetensors, such as {output.name}.safetensors")
-    if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"{output}: expected a file in a folder that exists")
-    if output.exists() and not overwrite:
-        raise UserError(f"{output}: exists: choose another name, or add --overwrite")
-
-
-def _check_space(output: Path, needed: int) -> None:
-    free = shutil.disk_usage(output.parent).free
-    if free < needed:
-        raise UserError(f"{output}: needs {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free: free some, or choose another place")
-
-
-def read_weights(path: Path) -> tuple[Config, int, dict[str, Tensor]]:
-    """The config, the step and the weights by part name, memory-mapped, of a file that `write_weights` made.
-
-    Raises `UserError` for any other file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            config, step = _content(path, metadata)
-            return config, step, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); make it again with `teratron convert`") from None
-
-
-def _content(path: Path, metadata: dict[str, str]) -> tuple[Config, int]:
-    if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
-        found = f"format {metadata.get('format')!r} version {metadata.get('version')!r}"
-        raise UserError(
-            f"{path}: found {found}, expected {FORMAT!r} version {VERSION!r}: give a file of `teratron convert`, or a Hugging Face folder"
-        )
-    try:
-        config: dict[str, Any] = json.loads(metadata["config"])
-        return Config().override(flatten(config, str(path))), int(metadata["step"])
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: its metadata hold no config and step ({error}); make it again with `teratron convert`") from None
-
 
 LEARNT_OTHERWISE = (
     "seq_length", "max_positions", "vocab_multiple", "dropout", "attention_dropout", "init_std", "router_balance", "aux_loss", "bias_rate",
@@ -139,18 +21,48 @@ LEARNT_OTHERWISE = (
 """Of `model.*`: what may differ between weights and a run that begins with them, as it does not change what they compute."""
 
 
-def weights_for(path: Path, model: ModelConfig) -> Mapping[str, Tensor]:
-    """The weights that a run of this model begins with, from a file of `teratron convert`, memory-mapped.
+HEAD_KEYS = ("head", "classes", "head_transform", "pooler", "tie_embeddings")
+"""Of `model.*`: what may differ too where the run has another head than made the weights."""
+ADAPTER_KEYS = ("adapter_rank", "adapter_alpha", "adapter_targets", "adapter_dora")
+NEW = re.compile(r"head\.classes\..*|.*\.(lora_a|lora_b|magnitude)")
+"""Parts that a run may have and the weights that it begins with not."""
+LEFT = re.compile(r"head\.(transform|transform_norm|output|pooler|sentence|classes)\..*")
+"""Parts that a run with another head leaves behind."""
 
-    Raises `UserError` for any other file, and where a key says that they belong to another model.
+
+def weights_for(path: Path, model: ModelConfig) -> tuple[Mapping[str, Entry], tuple[str, ...]]:
+    """What a run of this model begins with, from anything that `open_weights` opens: weights by part, read when asked for; and new parts.
+
+    New are adapters and a head of classes that the weights have not. A head that the run has not is left behind; other adapters than its
+    own are merged into the weights. Raises `UserError` where there are no weights, and where a key says that they belong to another model.
     """
-    if not path.is_file():
-        raise UserError(f"train.init = {path}: no such file: give one that `teratron convert RUN OUT.safetensors` made")
-    config, _, tensors = read_weights(path)
-    for field in fields(model):
-        found, wanted = getattr(config.model, field.name), getattr(model, field.name)
-        if found != wanted and field.name not in LEARNT_OTHERWISE:
-            name = f"model.{field.name}"
-            raise UserError(f"train.init = {path}: its weights have {name} = {found}, the run {wanted}: set --{name} {found}")
-    check_parts(parts_of(build_model(model, device="meta")), {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    return tensors
+    if not path.exists():
+        raise UserError(
+            f"train.init = {path}: no such file or folder: give a run, a checkpoint, a file of `teratron convert` or a Hugging Face folder"
+        )
+    weights = open_weights(path)
+    if _differ(weights.config, model, ADAPTER_KEYS):
+        weights = merged(weights)
+    another = _differ(weights.config, model, HEAD_KEYS[:2])
+    _check_keys(path, weights.config, model, (*LEARNT_OTHERWISE, *ADAPTER_KEYS, *(HEAD_KEYS if another else ())))
+    parts = parts_of(build_model(model, device="meta"))
+    shapes = {part.name: part.shape for part in parts}
+    entries = {e.name: e for e in weights.parts if not (another and LEFT.fullmatch(e.name) and shapes.get(e.name) != tuple(e.shape))}
+    new = tuple(name for name in shapes if name not in entries and NEW.fullmatch(name))
+    given = [part for part in parts if part.name not in new]
+    check_parts(given, {name: tuple(entry.shape) for name, entry in entries.items()})
+    return entries, new
+
+
+def _differ(found: ModelConfig, wanted: ModelConfig, keys: Iterable[str]) -> bool:
+    return any(getattr(found, key) != getattr(wanted, key) for key in keys)
+
+
+def _check_keys(path: Path, found: ModelConfig, wanted: ModelConfig, free: Iterable[str]) -> None:
+    """Raise `UserError` where a key differs that is not free to."""
+    for field in fields(wanted):
+        if field.name not in free and _differ(found, wanted, (field.name,)):
+            name, theirs = f"model.{field.name}", getattr(found, field.name)
+            raise UserError(
+                f"train.init = {path}: its weights have {name} = {theirs}, the run {getattr(wanted, field.name)}: set --{name} {theirs}"
+            )

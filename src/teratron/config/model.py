@@ -6,9 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from teratron.config.errors import UserError
+from teratron.config.errors import UserError, nearest
 from teratron.config.keys import Section, above, at_least, between, key
 from teratron.config.variants import check_variants
+
+ADAPTABLE = ("q", "k", "v", "output", "gate", "up", "down")
+"""The linear layers that may have adapters."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,17 @@ class ModelConfig(Section):
     scale_attention: bool = key(True)
     """Divide attention's scores by sqrt(head_dim); false = initial queries are so much smaller instead (T5)."""
     head: Literal["language", "classes", "none"] = key("language")
-    """What the last unit gives: scores of the vocabulary; of model.classes classes at every token, for fine-tuning; or its vectors alone."""
+    """What the last unit gives: scores of the vocabulary; of model.classes classes at every token (fine-tuning); or its vectors alone."""
     classes: int = key(0, at_least(0))
     """Classes, tags or kinds of places that model.head = classes scores."""
+    adapter_rank: int = key(0, at_least(0))
+    """Rank of the low-rank adapters (LoRA, Hu et al. 2022) that alone learn, with a new head, while all else is frozen; 0 = none."""
+    adapter_alpha: float = key(16.0, above(0))
+    """What the adapters add is multiplied by this / model.adapter_rank."""
+    adapter_targets: tuple[str, ...] = key(ADAPTABLE)
+    """Linear layers of the blocks that have adapters."""
+    adapter_dora: bool = key(False)
+    """Learn the length of each row of an adapted weight apart from its direction (DoRA, Liu et al. 2024)."""
     head_transform: bool = key(False)
     """A dense layer, the activation and a norm before the output projection, which then has biases (BERT)."""
     pooler: bool = key(False)
@@ -198,7 +209,9 @@ class ModelConfig(Section):
                 f"model.classes = {self.classes} with model.head = {self.head}: set --model.head classes and --model.classes N, or neither"
             )
         if self.head != "language" and self.predict_tokens > 1:
-            raise UserError(f"model.predict_tokens = {self.predict_tokens} predicts tokens, model.head = {self.head} does not: leave it out")
+            raise UserError(
+                f"model.predict_tokens = {self.predict_tokens} predicts tokens, model.head = {self.head} does not: leave it out"
+            )
         if self.position_offset and self.position != "learned":
             raise UserError(
                 f"model.position_offset = {self.position_offset} shifts a learned table, model.position is {self.position}: leave it out"
@@ -218,6 +231,7 @@ class ModelConfig(Section):
         self._check_pattern()
         self._check_distances()
         self._check_experts()
+        self._check_adapters()
         check_variants(self)
 
     def _check_relative(self) -> None:
@@ -314,6 +328,18 @@ class ModelConfig(Section):
                 f"{self.experts}: lower it"
             )
 
+    def _check_adapters(self) -> None:
+        wrong = [name for name in self.adapter_targets if name not in ADAPTABLE]
+        if wrong or not self.adapter_targets:
+            found = wrong[0] if wrong else ""
+            raise UserError(f"model.adapter_targets has {found!r}: expected some of {', '.join(ADAPTABLE)}{nearest(found, ADAPTABLE)}")
+        if self.adapter_dora and not self.adapter_rank:
+            raise UserError("model.adapter_dora concerns adapters, but model.adapter_rank = 0: set it, such as to 8, or leave this out")
+        if self.adapter_rank and self.mup_base:
+            raise UserError(
+                f"model.adapter_rank = {self.adapter_rank} does not go with model.mup_base = {self.mup_base}: leave one of them out"
+            )
+
     def routed(self, layer: int) -> bool:
         """Whether a block (from 0) has experts."""
         return self.experts > 0 and layer >= self.moe_first_dense and (layer - self.moe_first_dense) % self.moe_every == 0
@@ -342,6 +368,11 @@ class ModelConfig(Section):
     def value_features(self) -> int:
         """Features of one head's values."""
         return self.value_dim or self.head_features
+
+    @property
+    def adapter_scale(self) -> float:
+        """Factor of what the adapters add."""
+        return self.adapter_alpha / self.adapter_rank if self.adapter_rank else 0.0
 
     @property
     def matrix_std(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from teratron.config import ModelConfig, UserError
+from teratron.models.adapters import adapt
 from teratron.models.encoder_decoder import EncoderDecoder
 from teratron.models.gpt import GPT, Encoder
 from teratron.models.leaves import Part
@@ -45,4 +46,7 @@ def build_model(
     if config.vocab_size == 0:
         raise UserError("model.vocab_size = 0: give it, or train from data whose tokenizer has a size")
     with torch.device(device):
-        return FAMILIES[config.family](config, units).to(dtype)
+        model = FAMILIES[config.family](config, units)
+        if config.adapter_rank:
+            adapt(model, config)
+        return model.to(dtype)

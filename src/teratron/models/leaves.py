@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 from teratron.models.products import EXACT, Later, Products, product
 from teratron.models.random import feature_keys, keep_mask, seed_of
+
+if TYPE_CHECKING:
+    from teratron.models.adapters import Adapter
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:
@@ -39,6 +43,8 @@ class Part:
     std: float | None
     """Standard deviation of the initial normal values; None = the constant in `fill`."""
     fill: float = 0.0
+    lengths_of: Part | None = None
+    """The matrix whose rows' lengths are its initial values, in place of these."""
     offset: tuple[int, ...] = ()
     """Where in the full shape the piece that is held here begins; empty = at its beginning."""
     size: tuple[int, ...] = ()
@@ -102,17 +108,28 @@ class Linear(Leaf):
         self.std, self.granule = std, granule
         self.weight = nn.Parameter(torch.empty(sum(self.widths.values()), inputs))
         self.bias = nn.Parameter(torch.empty(sum(self.widths.values()))) if bias else None
+        self.adapter: Adapter | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self, self.bias)
+        if self.adapter is None:
+            return product(x, self, self.bias)
+        return self.adapted(product(x, self, None), self.adapter.inner(x), self.adapter)
+
+    def adapted(self, y: Tensor, inner: Tensor, adapter: Adapter) -> Tensor:
+        """What the leaf gives, from its own product and the adapter's first one."""
+        y = adapter.scaled(adapter.added(y, inner), self.weight)
+        return y if self.bias is None else y + self.bias
 
     def leaf_parts(self) -> Iterator[Part]:
         start = 0
         for name, width in self.widths.items():
             std = self.std[name] if isinstance(self.std, Mapping) else self.std
-            yield Part(f"{name}.weight", "weight", start, (width, self.weight.shape[1]), std, inner=True)
+            weight = Part(f"{name}.weight", "weight", start, (width, self.weight.shape[1]), std, inner=True)
+            yield weight
             if self.bias is not None:
                 yield Part(f"{name}.bias", "bias", start, (width,), None)
+            if self.adapter is not None:
+                yield from self.adapter.parts(name, weight)
             start += width
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,7 +25,8 @@ def leaves_and_parts(model: nn.Module) -> Iterator[tuple[Leaf, Part]]:
     for path, module in model.named_modules():
         for part in module.parts() if isinstance(module, Leaf) else ():
             parameter = f"{path}.{part.parameter}".removeprefix(".")
-            yield module, replace(part, name=_full_name(path, part.name), parameter=parameter)
+            rows = part.lengths_of and replace(part.lengths_of, name=_full_name(path, part.lengths_of.name))
+            yield module, replace(part, name=_full_name(path, part.name), parameter=parameter, lengths_of=rows)
 
 
 def _full_name(leaf: str, name: str) -> str:
@@ -46,8 +47,13 @@ def initialise(model: nn.Module, seed: int) -> None:
             part.of(parameters[part.parameter]).copy_(initial_values(part, seed, part.box()))
 
 
-def initial_values(part: Part, seed: int, box: tuple[slice, ...]) -> Tensor:
-    """The initial values of a region of a part's full shape, float32 on CPU."""
+def initial_values(part: Part, seed: int, box: tuple[slice, ...], given: Mapping[str, Callable[[], Tensor]] | None = None) -> Tensor:
+    """The initial values of a region of a part's full shape, on CPU: float32, or those of the whole tensors that are given by name."""
+    if given is not None and part.name in given:
+        return given[part.name]()[box]
+    if part.lengths_of is not None:
+        rows = initial_values(part.lengths_of, seed, (*box, slice(0, part.lengths_of.shape[1])), given)
+        return rows.double().norm(dim=1)
     if part.std is None:
         return torch.full([index.stop - index.start for index in box], part.fill)
     return normal_box(seed, part.name, part.shape, box) * part.std

@@ -42,6 +42,11 @@ Plan = Mapping[str, Cut]
 
 _W, _R, _F, _E = Layout.WHOLE, Layout.RESIDUAL, Layout.FEATURES, Layout.EXPERTS
 
+COLUMNS = {"weight": 0, "bias": 0, "adapter.b": 0, "adapter.magnitude": 0}
+"""What is cut of a linear layer whose outputs are; the adapter's A lies on every rank."""
+ROWS = {"weight": 1, "adapter.a": 1}
+"""The same of one whose inputs are; its bias, and the adapter's B and magnitudes, lie on every rank."""
+
 RESIDUAL_NORM = Cut(_R, _R)
 EMBEDDING: Plan = {
     "tokens": Cut(_W, _R, {"weight": 0}),
@@ -53,9 +58,9 @@ EMBEDDING: Plan = {
     "dropout": Cut(_R, _R),
 }
 ATTENTION: Plan = {
-    "qkv": Cut(_R, _F, {"weight": 0, "bias": 0}, shareable=("k", "v")),
-    "q": Cut(_R, _F, {"weight": 0, "bias": 0}),
-    "kv": Cut(_R, _F, {"weight": 0, "bias": 0}, shareable=("k", "v")),
+    "qkv": Cut(_R, _F, COLUMNS, shareable=("k", "v")),
+    "q": Cut(_R, _F, COLUMNS),
+    "kv": Cut(_R, _F, COLUMNS, shareable=("k", "v")),
     "q_norm": Cut(_F, _F),
     "k_norm": Cut(_F, _F),
     "q_down": Cut(_R, _R),
@@ -66,11 +71,11 @@ ATTENTION: Plan = {
     "kv_up": Cut(_R, _F, {"weight": 0}),
     "spread": Cut(_R, _F),
     "core": Cut(_F, _F),
-    "output": Cut(_F, _R, {"weight": 1}),
+    "output": Cut(_F, _R, ROWS),
 }
 FEED_FORWARD: Plan = {
-    "up": Cut(_R, _F, {"weight": 0, "bias": 0}),
-    "down": Cut(_F, _R, {"weight": 1}),
+    "up": Cut(_R, _F, COLUMNS),
+    "down": Cut(_F, _R, ROWS),
 }
 MIXTURE: Plan = {
     "router": Cut(_R, _R),

@@ -52,21 +52,22 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, leaf: Any) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
         # Not saved: recomputation hands out saved tensors as copies that know no gradient.
         ctx.weight, ctx.bias, ctx.leaf = weight, bias, leaf
         made: Tensor = leaf.products.forward(x, weight, bias)
         return made
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (x,), leaf, slope = ctx.saved_tensors, ctx.leaf, upstream[0]
-        below = leaf.products.of_inputs(slope, ctx.weight)
-        if leaf.later is not None and leaf.later.active:
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        below = leaf.products.of_inputs(slope, ctx.weight) if needs_x else None
+        if leaf.later is not None and leaf.later.active and (needs_weight or needs_bias):
             leaf.later.put_off(leaf, ctx.bias, slope, lambda: x)
             return below, None, None, None
-        of_bias = slope.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return below, leaf.products.of_weight(slope, x) if ctx.needs_input_grad[1] else None, of_bias, None
+        of_bias = slope.flatten(0, -2).sum(0) if needs_bias else None
+        return below, leaf.products.of_weight(slope, x) if needs_weight else None, of_bias, None
 
 
 _apply_product = torch.compiler.disable(_Product.apply)

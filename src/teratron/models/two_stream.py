@@ -16,7 +16,7 @@ from teratron.config import ModelConfig
 from teratron.models.attention import AttentionCore, heads_of
 from teratron.models.blocks import Block
 from teratron.models.leaves import Leaf, Linear, Part, accurate
-from teratron.models.plan import FEED_FORWARD, RESIDUAL_NORM, Cut, Layout, Plan, under
+from teratron.models.plan import COLUMNS, FEED_FORWARD, RESIDUAL_NORM, ROWS, Cut, Layout, Plan, under
 from teratron.models.units import Shared, State
 
 CONTENT, QUERIES = "hidden", "queries"
@@ -158,13 +158,13 @@ class TwoStreamBlock(Block):
 _W, _R, _F = Layout.WHOLE, Layout.RESIDUAL, Layout.FEATURES
 BLOCK: Plan = {
     "attention_norm": RESIDUAL_NORM,
-    "attention.q": Cut(_R, _F, {"weight": 0}),
-    "attention.kv": Cut(_R, _F, {"weight": 0}),
+    "attention.q": Cut(_R, _F, COLUMNS),
+    "attention.kv": Cut(_R, _F, COLUMNS),
     "attention.distance": Cut(_W, _F, {"weight": 0}),
     "attention.content_bias": Cut(_F, _F, {"weight": 0}),
     "attention.distance_bias": Cut(_F, _F, {"weight": 0}),
     "attention.core": Cut(_F, _F),
-    "attention.output": Cut(_F, _R, {"weight": 1}),
+    "attention.output": Cut(_F, _R, ROWS),
     "attention_dropout": Cut(_R, _R),
     "ffn_norm": RESIDUAL_NORM,
     "ffn_dropout": Cut(_R, _R),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from teratron.config import OptimConfig, UserError
+from teratron.config import ModelConfig, OptimConfig, UserError
 from teratron.config.groups import parse_group
 from teratron.models import Part, build_model, parts_of
+from teratron.models.adapters import SUFFIXES
 from teratron.parallel.stages import Stages
 
 
@@ -21,12 +22,14 @@ class Treatment:
     frozen: bool = False
 
 
-def treatment_of(part: Part, config: OptimConfig, widening: float = 1.0) -> Treatment:
+def treatment_of(part: Part, config: OptimConfig, model: ModelConfig) -> Treatment:
     """Matrices decay, biases and norms do not (Megatron-LM's rule), unless a group says otherwise; later groups win over earlier ones.
 
-    widening: matrices between features learn so many times slower, and decay as before (Yang et al. 2022).
+    In a widened model matrices between features learn so many times slower, and decay as before (Yang et al. 2022). With adapters all but
+    these and the head of a task is frozen.
     """
-    lr, decay, frozen = 1.0, config.weight_decay if len(part.shape) > 1 else 0.0, False
+    lr, decay, widening = 1.0, config.weight_decay if len(part.shape) > 1 else 0.0, model.widening
+    frozen = model.adapter_rank > 0 and not part.name.endswith(SUFFIXES) and not part.name.startswith("head.classes.")
     for group in map(parse_group, config.groups):
         if group.matches(part.name):
             lr = lr if group.lr is None else group.lr
@@ -40,18 +43,23 @@ def freeze(stages: Stages, config: OptimConfig) -> None:
 
     Raises `UserError` for a group of no part, and for one of which only some of the parts that lie in one matrix are frozen.
     """
-    if not config.groups:
+    model = stages.config
+    if not config.groups and not model.adapter_rank:
         return
-    everywhere = parts_of(build_model(stages.config, device="meta"))
+    everywhere = parts_of(build_model(model, device="meta"))
     for text in config.groups:
         if not any(parse_group(text).matches(part.name) for part in everywhere):
             names = ", ".join(part.name for part in everywhere[:3])
             raise UserError(f"optim.groups: {text!r} matches no part of the model: expected a pattern of names such as {names}")
-    if all(treatment_of(part, config).frozen for part in everywhere):
+    if all(treatment_of(part, config, model).frozen for part in everywhere):
+        if not config.groups:
+            raise UserError(
+                f"model.adapter_targets = {list(model.adapter_targets)}: the model has no such linear layer, nothing would learn"
+            )
         raise UserError(f"optim.groups = {list(config.groups)} freezes every part, and nothing is left to learn: leave one out")
     parameters = dict(stages.named_parameters())
     for name, parts in _by_parameter(stages.parts()).items():
-        frozen = [treatment_of(part, config).frozen for part in parts]
+        frozen = [treatment_of(part, config, model).frozen for part in parts]
         if all(frozen):
             parameters[name].requires_grad_(False)
         elif any(frozen):

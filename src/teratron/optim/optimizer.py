@@ -69,7 +69,7 @@ class Optimizer:
     def adopt(self, config: OptimConfig) -> None:
         """From now on go by a config that differs in weight decay or clipping."""
         self.config = config
-        self.treatments = {part.name: treatment_of(part, config, self.flat.stages.config.widening) for part in self.flat.stages.parts()}
+        self.treatments = {part.name: treatment_of(part, config, self.flat.stages.config) for part in self.flat.stages.parts()}
         self.alike = {bucket: merged((at, self.treatments[name]) for at, name in owned) for bucket, owned in self.owned.items()}
         """The ranges of each owned slice, relative to it, whose parts are treated alike."""
 

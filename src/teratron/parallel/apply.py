@@ -133,7 +133,8 @@ class _Surgeon:
         for part in leaf.leaf_parts():
             dimension = cut.tensor.get(part.parameter)
             if dimension is None:
-                piece = replace(part, copies=self.group.size, partial=partial, first=self.group.rank == 0)
+                shared = partial or (bool(cut.tensor) and part.parameter in ("adapter.a", "adapter.b"))  # what is between them is cut
+                piece = replace(part, copies=self.group.size, partial=shared, first=self.group.rank == 0)
             else:
                 shareable = part.name.partition(".")[0] in cut.shareable
                 granule = leaf.granule if isinstance(leaf, (Linear, HeadBias)) else 1

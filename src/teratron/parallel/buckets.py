@@ -68,7 +68,7 @@ class Bucket:
 
     `master` is the owned slice that the optimizer updates: float32 for half types, else the weights themselves, unless the optimizer
     wants it otherwise. `gradient` is what it reads: the owned slice of the sum over micro-batches and ranks, float32 for half types
-    (`exact`). Frozen parameters have a bucket without gradient.
+    (`exact`). Frozen parameters have a bucket without gradient, whose master is the weights.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], parts: Sequence[Part], sharding: Sharding, device: torch.device) -> None:
@@ -81,9 +81,8 @@ class Bucket:
         self.share = -(-size // self.owners.size)
         self.own = slice(self.owners.rank * self.share, (self.owners.rank + 1) * self.share)
         self.spans = [self._span(part) for part in parts if part.parameter in self.places]
+        self.trained = next(iter(parameters.values())).requires_grad
         self._take_over(parameters, device)
-        first = next(iter(parameters.values()))
-        self.trained = first.requires_grad
         if self.trained:
             self._add_gradients()
 
@@ -103,7 +102,7 @@ class Bucket:
                 self.views[name].copy_(parameter.data)
         self.shard = self.weights[self.own] if self.sharding.keep_weights else self.weights[self.own].clone()
         self.exact = accurate(dtype)
-        self.master = self.shard.to(self.exact)
+        self.master = self.shard.to(self.exact) if self.trained else self.shard
         if not self.sharding.keep_weights:
             release(self.weights)  # after what stays has found its place: the next bucket then begins in this one's gap
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from teratron.models.leaves import Linear
@@ -77,31 +78,44 @@ def _reduce(x: Tensor, group: Group, sequence: bool) -> Tensor:
 
 
 class _ColumnProduct(torch.autograd.Function):
-    """x W^T + b behind f; backward overlaps the collectives with the products, and keeps only this rank's share of x."""
+    """x W^T + b and x A^T behind f; backward overlaps the collectives with the products, and keeps only this rank's share of x.
+
+    A, of an adapter, may be absent. What needs no gradient costs nothing in the backward pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, leaf: Linear, group: Group, sequence: bool) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, leaf: Linear, group: Group, sequence: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[3] else None)
         ctx.group, ctx.sequence = group, sequence
-        ctx.weight, ctx.leaf = weight, leaf
-        return leaf.products.forward(gather_sequence(x, group) if sequence else x, weight, bias)
+        ctx.weight, ctx.bias, ctx.a, ctx.leaf = weight, bias, a, leaf
+        whole = gather_sequence(x, group) if sequence else x
+        return leaf.products.forward(whole, weight, bias), None if a is None else F.linear(whole, a)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
-        (x,), leaf = ctx.saved_tensors, ctx.leaf
-        slope, group, sequence = upstream[0].contiguous(), ctx.group, ctx.sequence
-        waits = leaf.later is not None and leaf.later.active
-        gathered = _start_gather(x, group) if sequence and not waits else None
-        share, pending = _start_reduction(leaf.products.of_inputs(slope, ctx.weight), group, sequence, gathered)
-        if waits:
-            leaf.later.put_off(leaf, leaf.bias, slope, lambda: gather_sequence(x, group) if sequence else x)
-            pending.wait()
-            return share, None, None, None, None, None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), leaf, group, sequence = ctx.saved_tensors, ctx.leaf, ctx.group, ctx.sequence
+        slope, of_inner = upstream[0].contiguous(), upstream[1]
+        needs_x, needs_weight, needs_bias, needs_a = ctx.needs_input_grad[:4]
+        waits = leaf.later is not None and leaf.later.active and (needs_weight or needs_bias)
+        gathered = _start_gather(x, group) if sequence and (needs_a or (needs_weight and not waits)) else None
+        share, pending = None, None
+        if needs_x:
+            below = leaf.products.of_inputs(slope, ctx.weight)
+            below = below if ctx.a is None else below + of_inner @ ctx.a
+            share, pending = _start_reduction(below, group, sequence, gathered)
+        elif gathered is not None:
+            gathered[1].wait()
         whole = _join(gathered[0]) if gathered is not None else x
-        grad_weight = leaf.products.of_weight(slope, whole)
-        grad_bias = slope.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        pending.wait()
-        return share, grad_weight, grad_bias, None, None, None
+        if waits:
+            leaf.later.put_off(leaf, ctx.bias, slope, lambda: gather_sequence(x, group) if sequence else x)
+        of_weight = leaf.products.of_weight(slope, whole) if needs_weight and not waits else None
+        of_bias = slope.flatten(0, -2).sum(0) if needs_bias and not waits else None
+        of_a = of_inner.flatten(0, -2).t() @ whole.flatten(0, -2) if needs_a else None
+        if pending is not None:
+            pending.wait()
+        return share, of_weight, of_bias, of_a, None, None, None
 
 
 def _start_reduction(x: Tensor, group: Group, sequence: bool, gathered: tuple[Tensor, Pending] | None) -> tuple[Tensor, Pending]:
@@ -124,6 +138,7 @@ def leave(x: Tensor, group: Group, sequence: bool) -> Tensor:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def column_product(x: Tensor, leaf: Linear, group: Group, sequence: bool) -> Tensor:
-    """The product of the residual stream with the rows of a weight that this rank's leaf has, and its bias."""
-    return _ColumnProduct.apply(x, leaf.weight, leaf.bias, leaf, group, sequence)
+def column_product(x: Tensor, leaf: Linear, bias: Tensor | None, group: Group, sequence: bool) -> tuple[Tensor, Tensor]:
+    """The product of the residual stream with the rows of a weight that this rank's leaf has, and a bias; the first one of its adapter."""
+    a = None if leaf.adapter is None else leaf.adapter.a
+    return _ColumnProduct.apply(x, leaf.weight, bias, a, leaf, group, sequence)

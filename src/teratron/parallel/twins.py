@@ -25,9 +25,12 @@ class ColumnLinear(Linear):
         widths = {name: _held(pieces, f"{name}.weight") for name in leaf.widths}
         super().__init__(leaf.weight.shape[1], widths, leaf.bias is not None, leaf.std, leaf.granule)
         self.pieces, self.group, self.sequence = pieces, group, sequence
+        self.adapter = leaf.adapter and leaf.adapter.cut(leaf.weight.shape[1], widths)
 
     def forward(self, x: Tensor) -> Tensor:
-        return column_product(x, self, self.group, self.sequence)
+        bias = self.bias if self.adapter is None else None
+        y, inner = column_product(x, self, bias, self.group, self.sequence)
+        return y if self.adapter is None else self.adapted(y, inner, self.adapter)
 
 
 class RowLinear(Linear):
@@ -36,9 +39,15 @@ class RowLinear(Linear):
     def __init__(self, leaf: Linear, pieces: list[Part], group: Group, sequence: bool) -> None:
         super().__init__(pieces[0].size[1], leaf.widths, leaf.bias is not None, leaf.std, leaf.granule)
         self.pieces, self.group, self.sequence = pieces, group, sequence
+        self.adapter = leaf.adapter and leaf.adapter.cut(pieces[0].size[1], leaf.widths)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = leave(product(x, self, None), self.group, self.sequence)
+        y = product(x, self, None)
+        if self.adapter is not None:
+            y = self.adapter.added(y, self.adapter.inner(x))
+        y = leave(y, self.group, self.sequence)
+        if self.adapter is not None:
+            y = self.adapter.scaled(y, self.weight, _in_place(self.group.sum))
         return y if self.bias is None else y + self.bias
 
 
