@@ -1,0 +1,46 @@
+"""Adapters learn the same on every layout: states equal the single process's, and what is frozen stays as it began."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Keys, assert_layout_invisible, engine_of, layout
+
+from teratron.models.adapters import SUFFIXES
+
+pytestmark = pytest.mark.xdist_group("ranks")
+LORA: Keys = {"model.adapter_rank": 3, "model.adapter_alpha": 6.0, "optim.clip": 0.01}
+DORA = LORA | {"model.adapter_dora": True}
+FEW_HEADS: Keys = {"model.kv_heads": 2, "model.activation": "swiglu", "model.bias": False}
+FIRST = [
+    (4, LORA | FEW_HEADS, "tensor 4 x sequence"),
+    (4, DORA, "pipeline 2 x tensor 2"),
+    (2, LORA | {"train.recompute": "full"}, "shard parameters"),
+    (4, DORA | {"model.adapter_targets": ("q", "v", "down"), "train.micro_batch": 1}, "pipeline 2 zbv x context 2"),
+]
+FURTHER = [
+    (2, LORA, "tensor 2"),
+    (2, DORA, "tensor 2 x sequence"),
+    (4, DORA | FEW_HEADS, "tensor 4"),
+    (4, LORA | {"model.adapter_targets": ("v", "gate", "up")} | FEW_HEADS, "tensor 2 x sequence x shard gradients"),
+    (4, LORA | {"train.micro_batch": 1}, "pipeline 2 zb-h1 x tensor 2 x sequence"),
+    (4, LORA | {"train.micro_batch": 2}, "pipeline 2 interleaved x shard optimizer"),
+    (4, DORA | {"train.recompute": "selective"}, "context 2 all_to_all x tensor 2"),
+    (4, LORA | {"model.family": "encoder_decoder", "model.position": "relative"}, "pipeline 2 x tensor 2 x sequence"),
+    (4, DORA | {"model.family": "encoder", "train.recompute": "full"}, "tensor 2 x shard parameters"),
+    (4, LORA | {"optim.groups": ("*.bias: lr=0.5",)}, "tensor 2 x sequence x shard parameters"),
+    (4, LORA | {"model.experts": 4, "model.shared_experts": 1, "model.bias": False}, "expert 2 x shard parameters"),
+    (4, LORA | {"optim.name": "muon"}, "tensor 2 x shard optimizer"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "keys", "name"), [*FIRST, *(pytest.param(*row, marks=pytest.mark.slow) for row in FURTHER)])
+def test_layout_is_invisible(ranks: int, keys: Keys, name: str) -> None:
+    found = assert_layout_invisible(ranks, keys | layout(name)).state
+    if "optim.groups" in keys:
+        return
+    weights = {name.removeprefix("weight/") for name in found if name.startswith("weight/")}
+    learnt = {name.partition("/")[2] for name in found if not name.startswith("weight/")}
+    assert learnt == {name for name in weights if name.endswith(SUFFIXES)}
+    before = {piece.name: piece.values.view(piece.shape) for piece in engine_of(0, 1, keys).optimizer.pieces()}
+    assert {name for name in weights if not torch.equal(before[f"weight/{name}"], found[f"weight/{name}"])} == learnt
