@@ -56,9 +56,12 @@ def _check_examples(config: Config) -> None:
         reads = "reads data.examples" if objective in FROM_EXAMPLES else "reads text, not data.examples"
         raise UserError(f"objective.name = {objective} {reads}: use `teratron finetune`, which sets both, or choose another objective.name")
     if head != HEADS.get(objective, "language"):
-        raise UserError(f"model.head = {head} does not fit objective.name = {objective}: set --model.head {HEADS.get(objective, 'language')}")
+        expected = HEADS.get(objective, "language")
+        raise UserError(f"model.head = {head} does not fit objective.name = {objective}: set --model.head {expected}")
     if objective == "pointing" and config.model.classes > 2:
-        raise UserError(f"model.classes = {config.model.classes}: objective.name = pointing has 1 kind of place (choices) or 2 (begin, end)")
+        raise UserError(
+            f"model.classes = {config.model.classes}: objective.name = pointing has 1 (choices) or 2 (where answers begin, end)"
+        )
     if objective in WHOLE and config.parallel.context > 1:
         raise UserError(
             f"parallel.context = {config.parallel.context} cuts sequences, which objective.name = {objective} compares as a whole: use "

@@ -22,34 +22,33 @@ _LENGTHS = "lengths"
 
 
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
-    """Write examples, which must all have the same fields, one behind the other."""
+    """Write examples, which must all have the same fields; the file appears when it is complete."""
     from safetensors.numpy import save_file
 
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(packed(examples), partial)
+    partial.replace(path)
+
+
+def packed(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """Every field of all examples one behind the other, and the lengths of each stream."""
     fields = {name: [np.asarray(example[name]) for example in examples] for name in examples[0]}
-    arrays = {
-        name: np.concatenate(values).astype(np.float32 if values[0].dtype.kind == "f" else np.int32) for name, values in fields.items()
-    }
+    kinds = {name: np.float32 if values[0].dtype.kind == "f" else np.int32 for name, values in fields.items()}
+    arrays: dict[str, np.ndarray] = {name: np.concatenate(values).astype(kinds[name]) for name, values in fields.items()}
     for stream in STREAMS:
         if f"{stream}tokens" in fields:
             arrays[f"{stream}{_LENGTHS}"] = np.array([len(values) for values in fields[f"{stream}tokens"]], np.int64)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(arrays, partial)
-    partial.replace(path)
+    return arrays
 
 
 class Examples:
     """The examples of a file: endless and shuffled in each epoch, or once in their order. A `Samples` that gives batches, not rows."""
 
-    def __init__(self, path: Path, seq_length: int, seed: int | None = None) -> None:
-        """seed: of the order; None = each example once, as they stand. Raises `UserError` for another file, and for what is too long."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        try:
-            self._fields = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: no readable file of examples ({error}): make it again with `teratron finetune`") from None
-        self.path, self.seq_length, self._seed = path, seq_length, seed
+    def __init__(self, arrays: Mapping[str, np.ndarray], seq_length: int, seed: int | None = None, name: str = "") -> None:
+        """arrays: as `packed` makes them. seed: of the order; None = each example once, as they stand. Raises `UserError` for one that is
+        too long."""
+        self._fields = dict(arrays)
+        self.seq_length, self._seed = seq_length, seed
         self._lengths = {s: self._fields.pop(f"{s}{_LENGTHS}") for s in STREAMS if f"{s}{_LENGTHS}" in self._fields}
         self._starts = {stream: np.cumsum(lengths) - lengths for stream, lengths in self._lengths.items()}
         self.size = len(self._lengths[""])
@@ -57,7 +56,28 @@ class Examples:
         self.count: int | None = self.size if seed is None else None
         longest = max(int(lengths.max()) for lengths in self._lengths.values())
         if longest > seq_length:
-            raise UserError(f"{path}: holds an example of {longest} tokens, model.seq_length is {seq_length}: raise it to {longest}")
+            raise UserError(f"{name}: holds an example of {longest} tokens, model.seq_length is {seq_length}: raise it to {longest}")
+
+    @classmethod
+    def load(cls, path: Path, seq_length: int, seed: int | None = None) -> Examples:
+        """Those of a file; raises `UserError` for a file of anything else."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            return cls(load_file(path), seq_length, seed, str(path))
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(f"{path}: no readable file of examples ({error}): make it again with `teratron finetune`") from None
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], seq_length: int) -> Examples:
+        """Examples at hand, each once."""
+        return cls(packed(examples), seq_length)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, of its longest stream."""
+        return np.max(list(self._lengths.values()), axis=0)
 
     @property
     def tokens(self) -> int:
@@ -65,8 +85,11 @@ class Examples:
         return sum(int(lengths.sum()) for lengths in self._lengths.values())
 
     def identity(self) -> str:
-        """What the file holds, for comparison."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+        """What they are, for comparison."""
+        held = hashlib.sha256()
+        for name, values in sorted((self._fields | self._lengths).items()):
+            held.update(name.encode() + values.tobytes())
+        return held.hexdigest()[:16]
 
     def rows(self, index: np.ndarray) -> np.ndarray:
         raise TypeError("examples are taken, not read as rows")

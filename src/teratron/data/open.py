@@ -30,6 +30,8 @@ class TrainingData:
     """The vocabulary, its end-of-document token, and the tokens that the objective needs."""
     train: Samples
     valid: Samples | None
+    sample_tokens: float
+    """Tokens of a training sample, on average."""
     train_tokens: int
     valid_tokens: int
     """Held-out tokens that are a target."""
@@ -63,21 +65,21 @@ def open_data(config: Config, run: Path, phases: Sequence[int], say: Say, needs:
     if tokenizer is not None:
         identity["tokenizer"] = tokenizer.fingerprint
     known = KnownTokens(valid, vocab_size) if valid is not None else None
-    return TrainingData(special, KnownTokens(train, vocab_size), known, train_tokens, valid_tokens, identity)
+    return TrainingData(special, KnownTokens(train, vocab_size), known, config.model.seq_length, train_tokens, valid_tokens, identity)
 
 
 def open_examples(config: Config, run: Path) -> TrainingData:
     """What `teratron finetune` has made; the tokenizer is kept in RUN/tokenizer."""
     folder, length = Path(config.data.examples), config.model.seq_length
-    train = Examples(folder / "train.safetensors", length, config.train.seed)
-    valid = Examples(folder / "valid.safetensors", length)
+    train = Examples.load(folder / "train.safetensors", length, config.train.seed)
+    valid = Examples.load(folder / "valid.safetensors", length)
     kept = run / "tokenizer"
     tokenizer = load_tokenizer(kept if kept.is_dir() else folder / "tokenizer")
     if not kept.is_dir():
         save_tokenizer(tokenizer, kept)
     special = SpecialTokens(config.model.vocab_size, tokenizer.eod, {}, tokenizer)
     identity = {"train": train.identity(), "valid": valid.identity(), "tokenizer": tokenizer.fingerprint}
-    return TrainingData(special, train, valid, train.tokens, valid.tokens, identity)
+    return TrainingData(special, train, valid, train.tokens / train.size, train.tokens, valid.tokens, identity)
 
 
 def _open_sources(config: Config, run: Path, say: Say, roles: Sequence[str]) -> tuple[list[Source], Tokenizer | None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from teratron.config import UserError
 from teratron.data.cuts import CutRule
-from teratron.data.tokenizer import END_OF_TEXT, check_ids, choose_eod, digest
+from teratron.data.tokenizer import END_OF_TEXT, check_ids, choose_eod, digest, spelled_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Engine
@@ -74,6 +74,26 @@ class HuggingFaceTokenizer:
             return self._engine.decode_batch([[number] for number in range(self.vocab_size)], skip_special_tokens=False)
         return [(self._engine.id_to_token(number) or "").replace("\u2581", " ") for number in range(self.vocab_size)]
 
+    def token_bytes(self) -> list[bytes | None]:
+        decoder = self._definition["decoder"] or {}
+        steps = decoder.get("decoders", [decoder])
+        kinds = {step.get("type") for step in steps}
+        spelled = kinds & {"ByteLevel", "Metaspace"} or any(step.get("pattern") == {"String": "\u2581"} for step in steps)
+        if not spelled:
+            raise UserError(f"the tokens of this {self.kind} tokenizer stand for different text in different places: use a byte-level BPE")
+        added = {token["id"]: None if token["special"] else token["content"].encode() for token in self._definition["added_tokens"]}
+        alphabet = {character: number for number, character in enumerate(_alphabet())}
+        found: list[bytes | None] = []
+        for number in range(self.vocab_size):
+            piece = self._engine.id_to_token(number)
+            if piece is None or number in added:
+                found.append(added.get(number))
+            elif "ByteLevel" in kinds:
+                found.append(bytes(alphabet[character] for character in piece))
+            else:
+                found.append(spelled_bytes(piece, "ByteFallback" in kinds))
+        return found
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self._engine.to_str(pretty=True) + "\n", "utf-8")
@@ -85,6 +105,13 @@ class HuggingFaceTokenizer:
         # The engine's own pickling forgets `encode_special_tokens`.
         eod = "" if self.eod is None else self._engine.id_to_token(self.eod)
         return _restore, (self._engine.to_str(), eod)
+
+
+def _alphabet() -> list[str]:
+    """The character that stands for each byte in byte-level BPE: itself where it is printed, else one from U+0100 on."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(0x100, 0x200))
+    return [chr(number if number in printed else next(others)) for number in range(256)]
 
 
 def _restore(definition: str, eod: str) -> HuggingFaceTokenizer:

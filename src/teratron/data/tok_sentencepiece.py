@@ -10,7 +10,7 @@ from typing import Any
 
 from teratron.config import UserError
 from teratron.data.cuts import CutRule
-from teratron.data.tokenizer import check_ids, choose_eod
+from teratron.data.tokenizer import check_ids, choose_eod, spelled_bytes
 
 
 class SentencePieceTokenizer:
@@ -48,6 +48,11 @@ class SentencePieceTokenizer:
 
     def pieces(self) -> list[str]:
         return [self._engine.id_to_piece(number).replace("\u2581", " ") for number in range(self.vocab_size)]
+
+    def token_bytes(self) -> list[bytes | None]:
+        engine = self._engine
+        special = [engine.is_control(number) or engine.is_unknown(number) for number in range(self.vocab_size)]
+        return [None if none else spelled_bytes(engine.id_to_piece(number), True) for number, none in enumerate(special)]
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -59,6 +59,13 @@ class Tokenizer(Protocol):
         """The text of each id alone, its spaces kept, bytes that are no text as U+FFFD; in WordPiece `##` goes on with a word."""
         ...
 
+    def token_bytes(self) -> list[bytes | None]:
+        """What each id adds to the UTF-8 text that it is in; None for special tokens, which add none.
+
+        Raises `UserError` for a tokenizer whose ids stand for different text in different places.
+        """
+        ...
+
     def save(self, folder: Path) -> None:
         """Write the files that `load_tokenizer(folder)` reads back to an equal tokenizer."""
         ...
@@ -183,6 +190,9 @@ class ByteTokenizer:
     def pieces(self) -> list[str]:
         return [self.decode([number]) for number in range(self.vocab_size)]
 
+    def token_bytes(self) -> list[bytes | None]:
+        return [*(bytes((number,)) for number in range(256)), None]
+
     def save(self, folder: Path) -> None:
         _save(folder, "bytes.json", {"kind": self.kind, "eod": "" if self.eod is None else self.decode([self.eod])})
 
@@ -233,6 +243,9 @@ class CharTokenizer:
     def pieces(self) -> list[str]:
         return list(self.characters)
 
+    def token_bytes(self) -> list[bytes | None]:
+        return [None if number == self.eod else character.encode() for number, character in enumerate(self.characters)]
+
     def save(self, folder: Path) -> None:
         chosen = "" if self.eod is None else self.characters[self.eod]
         _save(folder, "chars.json", {"kind": self.kind, "characters": self.characters, "eod": chosen})
@@ -263,6 +276,13 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
     if len(ids) and (min(ids) < 0 or max(ids) >= vocab_size):
         bad = next(i for i in ids if not 0 <= i < vocab_size)
         raise UserError(f"token id {bad} is outside the tokenizer's {vocab_size} ids: the ids come from another tokenizer")
+
+
+def spelled_bytes(piece: str, fallback: bool) -> bytes:
+    """The bytes of SentencePiece's spelling: U+2581 is a space, and with `fallback` <0xNN> a byte."""
+    if fallback and len(piece) == 6 and piece.startswith("<0x"):
+        return bytes((int(piece[3:5], 16),))
+    return piece.replace("\u2581", " ").encode()
 
 
 def digest(definition: Any) -> str:

@@ -335,7 +335,7 @@ class Trainer:
             loss, norm = tally.loss(), float(total_norm)
         finite, seconds = math.isfinite(norm), lap.seconds
         self.loss_scale = scale.after(finite, self.config.optim, config.precision)
-        tokens = self.config.batches.size(step) * self.config.model.seq_length
+        tokens = round(self.config.batches.size(step) * self.data.sample_tokens)
         self.state = replace(
             self.state,
             step=step,

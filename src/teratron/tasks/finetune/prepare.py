@@ -1,0 +1,201 @@
+"""From a task's files to a folder from which `teratron train` learns: examples, their tokenizer, the task, and the run's config."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from teratron.checkpoint.exchange import open_weights
+from teratron.checkpoint.source import Weights
+from teratron.config import Config, UserError
+from teratron.data.examples import Example, write_examples
+from teratron.data.open import save_tokenizer
+from teratron.data.order import permute
+from teratron.data.tokenizer import Tokenizer, load_tokenizer
+from teratron.tasks.finetune import TASKS
+from teratron.tasks.finetune.coder import Coder
+from teratron.tasks.finetune.rows import Row, Table, find_columns, read_table
+from teratron.tasks.finetune.task import Options, Task
+
+TASK_FILE, EXAMPLES = "task.json", "examples"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `teratron finetune` is asked for."""
+
+    task: str
+    model: Path
+    data: tuple[Path, ...]
+    valid: tuple[Path, ...] = ()
+    test: tuple[Path, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
+    epochs: float = 3.0
+    length: int = 0
+    """Longest sequence, in tokens; 0 = what the examples need, at most what the model has."""
+    stride: int = 0
+    class_weights: str = "none"
+    layer_decay: float = 1.0
+    freeze: int = 0
+    """Blocks, from the first, that do not learn, and with them the embeddings."""
+    scratch: bool = False
+    """Draw the weights, and use the model's shape and tokenizer alone."""
+    seeds: int = 1
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def options(self, length: int) -> Options:
+        seed = int(self.overrides.get("train.seed", 1234))
+        return Options(length, self.stride, self.class_weights, seed)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A folder that is ready to be learned from."""
+
+    config: Config
+    file: Path
+    """That config, for `teratron train`."""
+    task: Task
+    tables: dict[str, Table]
+    """train, valid and test."""
+
+
+def prepare(job: Job, run: Path, say: Say) -> Prepared:
+    """Read, check and encode everything, and write RUN/examples and RUN/task.json; tells what was read. Done again it makes the same.
+
+    Raises `UserError` for data, a model or keys that do not fit.
+    """
+    kind = TASKS[job.task]
+    source = open_weights(job.model)
+    tokenizer = _tokenizer(source)
+    if source.config.family not in kind.families:
+        raise UserError(
+            f"--model {job.model}: {job.task} is for model.family {' or '.join(kind.families)}, this is {source.config.family}: "
+            f"choose another model, or another task"
+        )
+    tables = read_tables(job, kind)
+    most = min(job.length or source.config.positions, source.config.positions)
+    if job.length > source.config.positions:
+        raise UserError(f"--length {job.length}: the model has {source.config.positions} positions: lower it")
+    task = kind(job.options(most))
+    task.learn(tables["train"].rows)
+    for name in ("train", "valid", "test"):
+        task.check(tables[name].rows, tables[name].name)
+    coder = Coder(tokenizer, source.config, most)
+    examples = {}
+    for name in ("train", "valid"):
+        examples[name] = task.examples(tables[name].rows, coder)
+        notes = "; ".join([*tables[name].notes, *task.notes()])
+        say(f"{name}: {tables[name].name}: {len(tables[name].rows):,} rows, {len(examples[name]):,} examples; {notes}")
+    config = _config(job, task, source, examples["train"], run)
+    folder = run / EXAMPLES
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, found in examples.items():
+        write_examples(folder / f"{name}.safetensors", found)
+    if not (folder / "tokenizer").is_dir():
+        save_tokenizer(tokenizer, folder / "tokenizer")
+    (folder / "config.toml").write_text(config.to_toml(), "utf-8")
+    (run / TASK_FILE).write_text(json.dumps({"task": task.name, "options": asdict(task.options), "facts": task.facts}, indent=1) + "\n")
+    return Prepared(config, folder / "config.toml", task, tables)
+
+
+def read_tables(job: Job, kind: type[Task]) -> dict[str, Table]:
+    """The rows to learn from, to hold out and to test with. Without --valid every tenth row, by the seed, is held out."""
+    found = {"train": job.data, "valid": job.valid, "test": job.test}
+    tables = {name: _table(paths, kind, job.columns) for name, paths in found.items() if paths}
+    if "valid" not in tables:
+        whole = tables["train"]
+        if len(whole.rows) < 10:
+            raise UserError(f"--data {whole.name}: {len(whole.rows)} rows are too few to hold some out: give --valid FILE")
+        order = permute(np.arange(len(whole.rows)), len(whole.rows), int(job.overrides.get("train.seed", 1234)))
+        cut = len(whole.rows) // 10
+        held, rest = (sorted(order[part].tolist()) for part in (slice(cut), slice(cut, None)))
+        tables["train"] = Table(whole.name, [whole.rows[number] for number in rest], whole.notes)
+        tables["valid"] = Table(f"a tenth of {whole.name}", [whole.rows[number] for number in held], whole.notes)
+    tables.setdefault("test", tables["valid"])
+    return tables
+
+
+def _table(paths: Sequence[Path], kind: type[Task], named: Mapping[str, str]) -> Table:
+    return find_columns(read_table(paths, kind.parallel_text), kind.columns, named, kind.optional)
+
+
+def _tokenizer(source: Weights) -> Tokenizer:
+    if source.tokenizer is None:
+        raise UserError(f"--model {source.name}: has no tokenizer beside it: give a run, or put its tokenizer into the folder")
+    if source.tokenizer.vocab_size > source.config.vocab_size:
+        raise UserError(
+            f"--model {source.name}: its tokenizer has {source.tokenizer.vocab_size:,} tokens, its weights {source.config.vocab_size:,}: "
+            "the tokenizer belongs to another model: put the right one into the folder"
+        )
+    return source.tokenizer
+
+
+def _config(job: Job, task: Task, source: Weights, examples: Sequence[Example], run: Path) -> Config:
+    """The run's config: what the task asks for, then what is usual in fine-tuning, then what the user says."""
+    model = source.config
+    longest = max(max(len(values) for values in example.values()) for example in examples)
+    batch = int(job.overrides.get("train.global_batch", min(32, max(1, len(examples) // 8))))
+    steps = max(1, math.ceil(job.epochs * len(examples) / batch))
+    keys: dict[str, Any] = {"model.seq_length": longest, "model.max_positions": model.positions, "model.dropout": 0.1}
+    keys |= {"model.attention_dropout": 0.0, "model.predict_tokens": 1}
+    keys |= {"objective.name": task.objective, "objective.sentence": "none", "data.examples": str(run / EXAMPLES)}
+    keys |= {"optim.lr": usual_lr(model.hidden, bool(job.overrides.get("model.adapter_rank", model.adapter_rank)))}
+    keys |= {"optim.schedule": "linear", "optim.warmup_steps": max(1, steps // 10), "optim.weight_decay": 0.01, "optim.beta2": 0.98}
+    keys |= {"train.steps": steps, "train.global_batch": batch, "train.eval_every": max(1, math.ceil(len(examples) / batch))}
+    keys |= {"train.patience": 3, "checkpoint.keep": 1, "checkpoint.every": 0}
+    keys |= {"train.init": "" if job.scratch else str(job.model)}
+    keys |= task.keys()
+    if keys.get("model.head", "language") != "language":
+        keys |= {"model.head_transform": False}
+    groups = _groups(job, model.layers if model.family != "encoder_decoder" else 0)
+    return Config(model=model, objective=source.run_config().objective).override(
+        keys | ({"optim.groups": groups} if groups else {}) | dict(job.overrides)
+    )
+
+
+def usual_lr(hidden: int, adapters: bool) -> float:
+    """A learning rate that suits fine-tuning: 5e-5 at width 768, by the inverse of the width; adapters learn ten times as fast."""
+    return float(f"{min(5e-5 * 768 / hidden, 1e-3) * (10 if adapters else 1):.1e}")
+
+
+def _groups(job: Job, layers: int) -> tuple[str, ...]:
+    """Frozen blocks, and learning rates that fall from the last block to the first (Howard and Ruder 2018)."""
+    if (job.freeze or job.layer_decay != 1) and not layers:
+        raise UserError(
+            "--freeze and --layer-decay count the blocks of one stack: leave them out, or use --optim.groups 'encoder.*: frozen'"
+        )
+    if job.freeze > layers:
+        raise UserError(f"--freeze {job.freeze}: the model has {layers} blocks: lower it")
+    if not 0 < job.layer_decay <= 1:
+        raise UserError(f"--layer-decay {job.layer_decay:g}: expected a factor above 0, at most 1, such as 0.9")
+    rates = {f"blocks.{layer}.*": job.layer_decay ** (layers - layer) for layer in range(layers)} | {
+        "embedding.*": job.layer_decay ** (layers + 1)
+    }
+    groups = [f"{pattern}: lr={rate:.6g}" for pattern, rate in rates.items()] if job.layer_decay != 1 else []
+    frozen = ["embedding.*", *(f"blocks.{layer}.*" for layer in range(job.freeze))] if job.freeze else []
+    return (*groups, *(f"{pattern}: frozen" for pattern in frozen))
+
+
+def load_task(folder: Path) -> Task:
+    """The task of a run. Raises `UserError` for a folder that `teratron finetune` has not made."""
+    try:
+        content = json.loads((folder / TASK_FILE).read_text("utf-8"))
+        return TASKS[content["task"]](Options(**content["options"]), content["facts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / TASK_FILE}: says no task: give a run of `teratron finetune`") from None
+
+
+def run_tokenizer(run: Path) -> Tokenizer:
+    """That of a run of `teratron finetune`."""
+    return load_tokenizer(run / EXAMPLES / "tokenizer")
+
+
+__all__ = ["Job", "Prepared", "Row", "load_task", "prepare", "read_tables"]

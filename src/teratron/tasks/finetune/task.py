@@ -1,0 +1,115 @@
+"""What a task is: columns, examples, a head and an objective, and how its predictions are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from teratron.config import Config, UserError
+from teratron.data.examples import Example, Examples
+from teratron.data.special import SpecialTokens
+from teratron.models import Model
+from teratron.objectives import Batch, build_objective
+from teratron.tasks.finetune.coder import Coder
+from teratron.tasks.finetune.rows import Row
+from teratron.tasks.metrics import Metric
+
+BATCH = 32
+"""Examples of one forward pass when predictions are made."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says about a task."""
+
+    length: int
+    """Longest sequence, in tokens."""
+    stride: int = 0
+    """Tokens that neighbouring pieces of a long document share; 0 = a document is cut off at the length."""
+    class_weights: str = "none"
+    """none, or balanced: rare classes weigh more, by the inverse of how many examples they have."""
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Predictions beside what would have been right, one a row."""
+
+    metrics: list[Metric]
+    shown: list[str]
+    """What was read."""
+    predicted: list[str]
+    gold: list[str]
+    good: np.ndarray
+    """From 0 (wrong) to 1 (right), float [N]."""
+
+
+@dataclass
+class Task:
+    """The base; `facts` are what was learnt from the training rows, such as the labels, and are kept with the run."""
+
+    options: Options
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    families: ClassVar[tuple[str, ...]] = ("encoder", "gpt", "encoder_decoder")
+    objective: ClassVar[str]
+    columns: ClassVar[Mapping[str, Sequence[str]]]
+    """The task's own names of columns and the usual ones, the likeliest first."""
+    optional: ClassVar[Sequence[str]] = ()
+    parallel_text: ClassVar[bool] = False
+
+    def learn(self, rows: Sequence[Row]) -> None:
+        """Fill `facts` from the training rows; raises `UserError` for rows that cannot be learned from."""
+
+    def check(self, rows: Sequence[Row], name: str) -> None:
+        """Raise `UserError` for rows of a file that have what training has not seen."""
+
+    def keys(self) -> dict[str, Any]:
+        """Keys of the config that follow from the task and its facts."""
+        return {}
+
+    def examples(self, rows: Sequence[Row], coder: Coder) -> list[Example]:
+        """What is learnt, at least one example for each row unless rows are packed."""
+        raise NotImplementedError
+
+    def notes(self) -> list[str]:
+        """What the last call of `examples` had to do to the rows, such as how many were cut."""
+        return []
+
+    def predict(self, model: Model, config: Config, rows: Sequence[Row], coder: Coder) -> Sequence[Any]:
+        """A prediction for each row."""
+        raise NotImplementedError
+
+    def score(self, rows: Sequence[Row], predictions: Sequence[Any]) -> Scored:
+        """How good predictions are."""
+        raise NotImplementedError
+
+    def baseline(self, rows: Sequence[Row]) -> Sequence[Any]:
+        """What somebody would predict who has not read the rows: the commonest class, a copy ..."""
+        raise NotImplementedError
+
+
+@torch.no_grad()
+def forward(model: Model, config: Config, examples: Sequence[Example]) -> Iterator[tuple[np.ndarray, Batch, dict[str, Tensor]]]:
+    """The model's last state on examples: (their numbers, the batch, the state), longest together so that little is padding."""
+    held, objective = Examples.of(examples, config.model.seq_length), build_objective(config)
+    order, device = np.argsort(held.lengths, kind="stable"), next(model.parameters()).device
+    for start in range(0, len(order), BATCH):
+        numbers = order[start : start + BATCH]
+        batch = {name: tensor.to(device) for name, tensor in objective.prepare(held, numbers, SpecialTokens(0)).items()}
+        yield numbers, batch, model(objective.inputs(batch))
+
+
+def text_of(row: Row, role: str, name: str) -> str:
+    """A column's text; raises `UserError` where it is none."""
+    value = row[role]
+    if not isinstance(value, (str, int, float)):
+        raise UserError(f"--data: {name} has a {type(value).__name__} in column '{role}', expected text: name another with --columns")
+    return str(value)
