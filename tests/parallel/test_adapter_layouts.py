@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Keys, assert_layout_invisible, engine_of, layout
+from cases import Keys, assert_layout_invisible, batch_of, engine_of, layout, share
+from pool import pool
 
 from teratron.models.adapters import SUFFIXES
+from teratron.parallel.buckets import is_released
 
 pytestmark = pytest.mark.xdist_group("ranks")
 LORA: Keys = {"model.adapter_rank": 3, "model.adapter_alpha": 6.0, "optim.clip": 0.01}
@@ -44,3 +46,31 @@ def test_layout_is_invisible(ranks: int, keys: Keys, name: str) -> None:
     assert learnt == {name for name in weights if name.endswith(SUFFIXES)}
     before = {piece.name: piece.values.view(piece.shape) for piece in engine_of(0, 1, keys).optimizer.pieces()}
     assert {name for name in weights if not torch.equal(before[f"weight/{name}"], found[f"weight/{name}"])} == learnt
+
+
+def most_gathered(rank: int, ranks: int, keys: Keys) -> list[int]:
+    """Elements of frozen weights that are whole at once, at most, in the backward pass of each of two micro-batches."""
+    engine = engine_of(rank, ranks, keys)
+    flat, found = engine.flat, []
+    frozen = [bucket.weights for bucket in flat.buckets if not bucket.trained and not bucket.sharding.keep_weights]
+    arrived = flat._before_backward
+
+    def watched(unit: object) -> None:
+        arrived(unit)  # type: ignore[arg-type]
+        found[-1] = max(found[-1], sum(weights.numel() for weights in frozen if not is_released(weights)))
+
+    backward = flat.backward
+    flat._before_backward = watched  # type: ignore[method-assign]
+    flat.backward = lambda *what, **how: (found.append(0), backward(*what, **how))  # type: ignore[assignment, method-assign, misc]
+    engine.step(share(engine, batch_of(engine.config, 1)), step=1, number=1, lr=1e-2)
+    return [most // (sum(weights.numel() for weights in frozen) // engine.config.model.layers) for most in found]
+
+
+def test_sharded_frozen_weights_are_whole_for_two_blocks_at_a_time() -> None:
+    keys = (
+        LORA
+        | {"model.layers": 8, "train.micro_batch": 2, "model.tie_embeddings": False, "train.recompute": "full"}
+        | layout("shard parameters")
+    )
+    for found in pool().run(most_gathered, 2, keys):
+        assert found == [2, 2]

@@ -105,13 +105,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         smoothing: float,
         cap: float,
     ) -> Tensor:
-        needs_gradient = any(ctx.needs_input_grad[:3])
+        needs_gradient, needs_weight = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[1]
         exact = accurate(hidden_TH.dtype)
         half = exact != hidden_TH.dtype
         total = torch.zeros((), dtype=exact, device=hidden_TH.device)
         grad_hidden = torch.empty_like(hidden_TH) if needs_gradient else None
         grad_weight: Tensor | None = None
-        grad_bias = None if bias_V is None else bias_V.new_zeros(bias_V.shape, dtype=exact)
+        grad_bias = bias_V.new_zeros(bias_V.shape, dtype=exact) if bias_V is not None and ctx.needs_input_grad[2] else None
         rows = min(max(CHUNK_LOGITS // weight_VH.shape[0], CHUNK_ROWS), hidden_TH.shape[0])
         products = hidden_TH.new_empty(rows, weight_VH.shape[0])  # one buffer for all chunks: fresh ones cost page faults
         accurates = products.to(exact)
@@ -133,8 +133,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                     grad_bias += logits.sum(0)
                 slopes = product.copy_(logits) if half else logits
                 torch.mm(slopes, weight_VH, out=grad_hidden[part])
-                grad_weight = _add_product(grad_weight, slopes.t(), hidden)
-        if grad_hidden is not None and grad_weight is not None:
+                grad_weight = _add_product(grad_weight, slopes.t(), hidden) if needs_weight else None
+        if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 
@@ -142,10 +142,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         # In half types the factor may be a large loss scale: multiply what is kept accurately before it is rounded.
-        dtype = grad_hidden.dtype
-        grad_weight = grad_weight.mul_(upstream[0].to(grad_weight.dtype)).to(dtype)
-        grad_bias = None if grad_bias is None else grad_bias.mul_(upstream[0].to(grad_bias.dtype)).to(dtype)
-        return grad_hidden.mul_(upstream[0].to(accurate(dtype))), grad_weight, grad_bias, None, None, None, None, None
+        factor, dtype = upstream[0], grad_hidden.dtype
+        of_weight, of_bias = (None if g is None else g.mul_(factor.to(g.dtype)).to(dtype) for g in (grad_weight, grad_bias))
+        return grad_hidden.mul_(factor.to(accurate(dtype))), of_weight, of_bias, None, None, None, None, None
 
 
 def _losses(logits: Tensor, targets: Tensor, weights: Tensor, vocabulary: Vocabulary, smoothing: float) -> Tensor:

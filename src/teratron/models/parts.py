@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from teratron.config import UserError
+from teratron.models.adapters import SUFFIXES
 from teratron.models.leaves import Embedding, Leaf, Part
 from teratron.models.patterns import FULL, keys_seen, pattern_of
 from teratron.models.random import normal_box
@@ -98,15 +99,17 @@ def flops_per_token(model: Model, seq_length: int, predicted: float = 1.0) -> fl
     """Floating-point operations of one token's forward and backward pass.
 
     6 for each weight of a matrix product (the output projection included, the embedding look-up not; of stacked experts those
-    that one token is sent to) and 6 for each feature of a key or value that a query sees; recomputation is never counted. Without a
-    window that is the causal half of the attention products, as Megatron-LM counts. predicted: the share of tokens that are predicted;
-    no others cost an output projection. With an encoder and a decoder tokens are those that are read; that share of them is written.
+    that one token is sent to), 4 where adapters learn in its place, and 6 for each feature of a key or value that a query sees;
+    recomputation is never counted. Without a window that is the causal half of the attention products, as Megatron-LM counts.
+    predicted: the share of tokens that are predicted; no others cost an output projection. With an encoder and a decoder tokens are
+    those that are read; that share of them is written.
     """
     config = model.config
     tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
     whole = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in tables}
     used = [p for p in parts_of(model) if p.parameter in whole]
     weights: float = sum(torch.Size(p.shape).numel() * _share(p.name, predicted) for p in used if len(p.shape) == 2)
+    adapters: float = sum(torch.Size(p.shape).numel() * _share(p.name, predicted) for p in used if p.name.endswith(SUFFIXES))
     weights += config.experts_per_token * sum(torch.Size(p.shape[1:]).numel() for p in used if len(p.shape) == 3)
     projections = predicted * config.predict_tokens - (not config.tie_embeddings)  # an untied one is already among the parts
     projections *= config.head == "language"
@@ -118,7 +121,8 @@ def flops_per_token(model: Model, seq_length: int, predicted: float = 1.0) -> fl
         seen += predicted * sum(keys_seen(pattern, True, round(predicted * seq_length)) + seq_length for pattern in patterns)
     else:
         seen = sum(keys_seen(pattern, model.streams[""], seq_length) for pattern in patterns)
-    return 6.0 * weights + 6.0 * config.heads * (config.key_features + config.value_features) * seen
+    passes = 4.0 * weights + 2.0 * adapters if config.adapter_rank else 6.0 * weights
+    return passes + 6.0 * config.heads * (config.key_features + config.value_features) * seen
 
 
 def _share(part: str, predicted: float) -> float:

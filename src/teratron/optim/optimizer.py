@@ -128,7 +128,7 @@ class Optimizer:
         norm = global_norm(self.flat) / loss_scale
         how = Update(number, lr, loss_scale * self.clip(norm, loss_scale), (~norm.isfinite()).to(torch.float32))
         self.advance(how)
-        self.publish()
+        self.publish(frozen=False)
         self.flat.clear()
         return norm
 
@@ -175,9 +175,12 @@ class Optimizer:
             flat.zero_()
         self.publish()
 
-    def publish(self) -> None:
-        """After masters or states have changed: give the model the weights with which it trains."""
-        self.flat.publish()
+    def publish(self, frozen: bool = True) -> None:
+        """After masters or states have changed: give the model the weights with which it trains.
+
+        frozen: whether weights that do not learn have changed too.
+        """
+        self.flat.publish(frozen=frozen)
 
     @contextmanager
     def judged(self) -> Iterator[None]:

@@ -69,8 +69,8 @@ class ScheduleFree(Optimizer):
         self._past = number, total
         return square / total if total else 0.0
 
-    def publish(self) -> None:
-        self.flat.publish(self.leading)
+    def publish(self, frozen: bool = True) -> None:
+        self.flat.publish(self.leading, frozen)
 
     def leading(self, bucket: Bucket) -> Tensor:
         """y, at which gradients are taken; what does not learn has no other weights."""
@@ -80,6 +80,6 @@ class ScheduleFree(Optimizer):
 
     @contextmanager
     def judged(self) -> Iterator[None]:
-        self.flat.publish()
+        self.flat.publish(frozen=False)
         yield
-        self.publish()
+        self.publish(frozen=False)

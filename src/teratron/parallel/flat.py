@@ -10,6 +10,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -20,6 +21,7 @@ from teratron.config import ParallelConfig
 from teratron.models.blocks import Head
 from teratron.models.leaves import accurate
 from teratron.models.moe import Experts
+from teratron.models.units import LOAD, TERM
 from teratron.parallel.apply import replace_parameters
 from teratron.parallel.buckets import Bucket, Sharding, is_released, release, restore
 from teratron.parallel.mesh import DATA, Group, Mesh, Pending
@@ -148,9 +150,22 @@ class FlatModel:
             if not bucket.sharding.keep_weights and (following is None or bucket not in self._uses[following]):
                 release(bucket.weights)
         passed_on = {id(tensor) for tensor in inputs[0].values()}
-        for tensor in outputs.values():
-            if tensor.requires_grad and id(tensor) not in passed_on:
-                tensor.register_hook(lambda gradient: self._before_backward(unit))
+        made = {name: tensor for name, tensor in outputs.items() if tensor.requires_grad and id(tensor) not in passed_on}
+        awaited = {name for name in made if not name.startswith((TERM, LOAD))}
+        for name, tensor in made.items():
+            tensor.register_hook(partial(self._arrived_between, unit, following, awaited, name))
+
+    def _arrived_between(self, unit: nn.Module, following: nn.Module | None, awaited: set[str], name: str, gradient: Tensor) -> None:
+        """A gradient of a unit's outputs is there; with all that are awaited the following unit needs its weights no more.
+
+        Those that are trained go when their own gradients are there; the frozen ones have none.
+        """
+        self._before_backward(unit)
+        awaited.discard(name)
+        if following is not None and not awaited:
+            for bucket in self._uses[following]:
+                if not bucket.trained and not bucket.sharding.keep_weights and bucket not in self._uses[unit]:
+                    release(bucket.weights)
 
     def _before_backward(self, unit: nn.Module) -> None:
         """The first gradient of a unit's outputs is there."""
@@ -163,17 +178,18 @@ class FlatModel:
         if before is not None:
             self._need(before)
 
-    def publish(self, values: Callable[[Bucket], Tensor] = attrgetter("master")) -> None:
+    def publish(self, values: Callable[[Bucket], Tensor] = attrgetter("master"), frozen: bool = True) -> None:
         """After the masters have changed: round them into the weights, and let the other ranks have theirs ahead of the next use.
 
-        values: what becomes the weights that a bucket owns.
+        values: what becomes the weights that a bucket owns. frozen: whether those that do not learn have changed too.
         """
         self.release()  # what is still on its way would come down on what is written now
-        for bucket in self.buckets:
+        buckets = self.buckets if frozen else self.trained
+        for bucket in buckets:
             owned = values(bucket)
             if owned is not bucket.shard:
                 bucket.shard.copy_(owned)
-        for bucket in self.buckets:
+        for bucket in buckets:
             if bucket.sharding.keep_weights:
                 self._gathers[bucket] = bucket.owners.gather(bucket.weights, bucket.shard)
 

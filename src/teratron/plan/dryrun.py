@@ -83,7 +83,7 @@ def dry_run(
         engine.runtime = partial(SteadyRuntime, meter, whole)
         _assume_load(engine, load)
         label_state(meter, engine)
-        engine.flat.publish()  # as the step before has left it
+        engine.flat.publish(frozen=False)  # as the step before has left it
         state = {kind: meter.now.memory[kind] for kind in STATE}
         rows = config.largest_batch // mesh.data.size
         batch = fake_batch(engine.objective, config, rows)

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from teratron.config import Config, UserError
 from teratron.models import Model
 from teratron.models.blocks import Block
 from teratron.optim import OPTIMIZERS
+from teratron.optim.groups import treatment_of
 from teratron.parallel.device import DTYPES
 from teratron.parallel.mesh import Mesh
 from teratron.parallel.stages import cut_stages
@@ -60,8 +62,10 @@ def _processor() -> str:
 
 def check_memory(config: Config, mesh: Mesh, device: torch.device) -> None:
     """Refuse a model whose state alone exceeds the memory here: this rank's weights, gradients, masters and moments."""
-    count = sum(math.prod(part.size) for part in cut_stages(config.model, mesh, config.parallel).parts())
-    needed = count * state_bytes(config, mesh.group("shard", "context").size)
+    owners, counts = mesh.group("shard", "context").size, Counter[bool]()
+    for part in cut_stages(config.model, mesh, config.parallel).parts():
+        counts[treatment_of(part, config.optim, config.model).frozen] += math.prod(part.size)
+    count, needed = counts.total(), counts[False] * state_bytes(config, owners) + counts[True] * weight_bytes(config, owners)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     if needed > free:
         raise UserError(
@@ -73,7 +77,7 @@ def check_memory(config: Config, mesh: Mesh, device: torch.device) -> None:
 
 def state_bytes(config: Config, owners: int) -> float:
     """Bytes of state a parameter on each of `owners` ranks that share what `parallel.shard` says."""
-    weight = torch.finfo(DTYPES[config.train.precision]).bits // 8
+    weight = DTYPES[config.train.precision].itemsize
     exact = max(weight, 4)
     half = weight < exact
     optimizer_class = OPTIMIZERS[config.optim.name]
@@ -82,7 +86,12 @@ def state_bytes(config: Config, owners: int) -> float:
     moments = len(optimizer_class.states) * (2 if config.optim.moments == "bf16" else exact)
     optimizer = (moments + masters) / (owners if shared >= 1 else 1)
     gradients = (exact + weight * half) / 1 if shared < 2 else exact / owners
-    return optimizer + gradients + weight / (owners if shared >= 3 else 1)
+    return optimizer + gradients + weight_bytes(config, owners)
+
+
+def weight_bytes(config: Config, owners: int) -> float:
+    """Bytes of a parameter's weight alone, all there is of one that is frozen."""
+    return DTYPES[config.train.precision].itemsize / (owners if config.parallel.shard == "parameters" else 1)
 
 
 def free_memory() -> float:
