@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from teratron.cli.workers import add_care, add_nproc, check_care
 from teratron.config import UserError
@@ -33,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=0, help="longest sequence, in tokens (default: what the examples need)")
     parser.add_argument("--stride", type=int, default=0, help="tokens that pieces of a long document share (default: it is cut off)")
     parser.add_argument("--class-weights", choices=("none", "balanced"), default="none", help="balanced: rare classes weigh more")
+    parser.add_argument("--target-length", type=int, default=128, metavar="N", help="longest text to write, in tokens (default: 128)")
+    parser.add_argument("--beams", type=int, default=1, metavar="N", help="write predictions by beam search (default: the likeliest token)")
+    parser.add_argument("--template", default="auto", help="of conversations: plain, chatml, llama2, llama3 (default: by the tokenizer)")
+    parser.add_argument("--pack", action="store_true", help="put several conversations into one example")
+    parser.add_argument("--group", type=int, default=16, metavar="G", help="pairs that embed tells apart from each other (default: 16)")
     parser.add_argument("--freeze", type=int, default=0, metavar="N", help="the first N blocks and the embeddings do not learn")
     parser.add_argument("--layer-decay", type=float, default=1.0, metavar="F", help="each block learns F times as fast as the next one")
     parser.add_argument("--scratch", action="store_true", help="draw the weights anew: what pretraining is worth")
@@ -71,6 +77,7 @@ def _job(args: argparse.Namespace) -> Job:
     from teratron.config import nearest
     from teratron.tasks.finetune import TASKS
     from teratron.tasks.finetune.prepare import Job
+    from teratron.tasks.finetune.task import Options
 
     if args.task not in TASKS:
         raise UserError(f"unknown task '{args.task}'{nearest(args.task, TASKS)}; tasks: {', '.join(TASKS)}")
@@ -80,6 +87,8 @@ def _job(args: argparse.Namespace) -> Job:
         raise UserError(f"--columns {wrong}: expected ROLE=COLUMN, such as text=review")
     if args.epochs <= 0 or args.seeds < 1:
         raise UserError(f"--epochs {args.epochs:g}, --seeds {args.seeds}: expected more than 0")
-    names = ("task", "model", "epochs", "length", "stride", "class_weights", "freeze", "layer_decay", "scratch", "seeds", "overrides")
-    files = {name: tuple(getattr(args, name)) for name in ("data", "valid", "test")}
-    return Job(**{name: getattr(args, name) for name in names}, **files, columns={role: column for role, _, column in pairs})
+    names = ("task", "model", "epochs", "freeze", "layer_decay", "scratch", "seeds", "overrides")
+    options = Options(**{option.name: getattr(args, option.name) for option in fields(Options) if option.name != "seed"})
+    chosen: dict[str, Any] = {name: getattr(args, name) for name in names}
+    chosen |= {name: tuple(getattr(args, name)) for name in ("data", "valid", "test")}
+    return Job(**chosen, options=options, columns={role: column for role, _, column in pairs})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,11 @@ def packed(examples: Sequence[Example]) -> dict[str, np.ndarray]:
     return arrays
 
 
+def longest(examples: Iterable[Example]) -> int:
+    """Tokens of the longest one, of its longest stream."""
+    return max(len(values) for example in examples for values in example.values())
+
+
 class Examples:
     """The examples of a file: endless and shuffled in each epoch, or once in their order. A `Samples` that gives batches, not rows."""
 
@@ -70,9 +75,9 @@ class Examples:
             raise UserError(f"{path}: no readable file of examples ({error}): make it again with `teratron finetune`") from None
 
     @classmethod
-    def of(cls, examples: Sequence[Example], seq_length: int) -> Examples:
+    def of(cls, examples: Sequence[Example]) -> Examples:
         """Examples at hand, each once."""
-        return cls(packed(examples), seq_length)
+        return cls(packed(examples), longest(examples))
 
     @property
     def lengths(self) -> np.ndarray:

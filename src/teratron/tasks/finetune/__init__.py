@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from teratron.tasks.finetune.classify import Classify
+from teratron.tasks.finetune.tag import Tag
 from teratron.tasks.finetune.task import Task
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classify,)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classify, Tag)}

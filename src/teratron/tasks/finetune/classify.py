@@ -13,7 +13,7 @@ from teratron.data.examples import Example
 from teratron.models import Model
 from teratron.tasks.finetune.coder import Coder, Framed
 from teratron.tasks.finetune.rows import Row
-from teratron.tasks.finetune.task import Scored, Task, forward, text_of
+from teratron.tasks.finetune.task import Scored, Task, forward, text_of, weights_of
 from teratron.tasks.metrics import Metric, calibration_error, f1, matthews
 
 
@@ -29,6 +29,7 @@ class Classify(Task):
         "label": ("label", "category", "intent", "class", "sentiment", "target"),
     }
     optional = ("pair",)
+    takes = ("stride", "class_weights")
 
     def learn(self, rows: Sequence[Row]) -> None:
         counts = Counter(str(row["label"]) for row in rows)
@@ -55,17 +56,13 @@ class Classify(Task):
 
     def examples(self, rows: Sequence[Row], coder: Coder) -> list[Example]:
         labels = {label: number for number, label in enumerate(self.facts["labels"])}
-        weights = self._weights()
+        weights = weights_of(self.facts["counts"], self.options.class_weights)
         pieces = self._pieces(rows, coder)
         return [
             self._example(piece, labels[str(row["label"])], weights[labels[str(row["label"])]] / len(found), coder)
             for row, found in zip(rows, pieces, strict=True)
             for piece in found
         ]
-
-    def _weights(self) -> np.ndarray:
-        counts = np.array(self.facts["counts"], float)
-        return counts.sum() / counts / len(counts) if self.options.class_weights == "balanced" else np.ones(len(counts))
 
     def _pieces(self, rows: Sequence[Row], coder: Coder) -> list[list[Framed]]:
         """Each row's text, or both its texts, framed; of a long one several pieces where there is a stride."""

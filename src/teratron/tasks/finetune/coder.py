@@ -10,6 +10,7 @@ import numpy as np
 from teratron.config import ModelConfig, UserError
 from teratron.data.special import SPELLINGS, find_role
 from teratron.data.tokenizer import Tokenizer
+from teratron.tasks.finetune.words import Words
 
 SPACED = ("bpe", "bytes", "chars")
 """Kinds of tokenizers in which a word in a text begins with its space."""
@@ -78,10 +79,19 @@ class Coder:
         lengths[second] = room - lengths[first]
         return tuple(text[: lengths[number]] for number, text in enumerate(texts))
 
-    def words(self, words: Sequence[str], first: bool = True) -> list[np.ndarray]:
-        """Ids of each word by itself, as it stands in a text; first: whether the text begins with the first one."""
+    def words(self, words: Sequence[str], apart: Sequence[bool] = ()) -> Words:
+        """A text of these words, each encoded by itself as it stands there.
+
+        apart: whether a space stands before each; empty = before all but the first. A word that encodes to nothing is unknown; of one
+        longer than a quarter of the longest sequence the end is left out.
+        """
+        apart = apart or [number > 0 for number in range(len(words))]
         spaced = self.tokenizer.kind in SPACED
-        return self.encode([f" {word}" if spaced and (number or not first) else word for number, word in enumerate(words)])
+        found = self.encode([f" {word}" if spaced and space else word for word, space in zip(words, apart, strict=True)])
+        unknown = find_role(self.tokenizer, "unknown")
+        nothing = np.array([self.end if unknown is None else unknown])
+        most = max(1, self.length // 4)
+        return Words([ids[:most] if len(ids) else nothing for ids in found], self.config.family == "gpt")
 
     def fields(self, framed: Framed) -> dict[str, np.ndarray]:
         """The fields of an example that the model reads, of one stream."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from teratron.checkpoint.exchange import open_weights
 from teratron.checkpoint.source import Weights
 from teratron.config import Config, UserError
-from teratron.data.examples import Example, write_examples
+from teratron.data.examples import Example, longest, write_examples
 from teratron.data.open import save_tokenizer
 from teratron.data.order import permute
 from teratron.data.tokenizer import Tokenizer, load_tokenizer
@@ -38,10 +38,8 @@ class Job:
     test: tuple[Path, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
     epochs: float = 3.0
-    length: int = 0
-    """Longest sequence, in tokens; 0 = what the examples need, at most what the model has."""
-    stride: int = 0
-    class_weights: str = "none"
+    options: Options = field(default_factory=lambda: Options(0))
+    """Length 0 = what the examples need, at most what the model has; the seed is that of the overrides."""
     layer_decay: float = 1.0
     freeze: int = 0
     """Blocks, from the first, that do not learn, and with them the embeddings."""
@@ -50,9 +48,9 @@ class Job:
     seeds: int = 1
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
-    def options(self, length: int) -> Options:
-        seed = int(self.overrides.get("train.seed", 1234))
-        return Options(length, self.stride, self.class_weights, seed)
+    @property
+    def seed(self) -> int:
+        return int(self.overrides.get("train.seed", 1234))
 
 
 @dataclass(frozen=True)
@@ -81,20 +79,18 @@ def prepare(job: Job, run: Path, say: Say) -> Prepared:
             f"choose another model, or another task"
         )
     tables = read_tables(job, kind)
-    most = min(job.length or source.config.positions, source.config.positions)
-    if job.length > source.config.positions:
-        raise UserError(f"--length {job.length}: the model has {source.config.positions} positions: lower it")
-    task = kind(job.options(most))
+    task = kind(_options(job, source))
     task.learn(tables["train"].rows)
     for name in ("train", "valid", "test"):
         task.check(tables[name].rows, tables[name].name)
-    coder = Coder(tokenizer, source.config, most)
+    coder = Coder(tokenizer, source.config, task.options.length)
     examples = {}
     for name in ("train", "valid"):
         examples[name] = task.examples(tables[name].rows, coder)
         notes = "; ".join([*tables[name].notes, *task.notes()])
         say(f"{name}: {tables[name].name}: {len(tables[name].rows):,} rows, {len(examples[name]):,} examples; {notes}")
-    config = _config(job, task, source, examples["train"], run)
+    config = _config(job, task, source, examples, run)
+    examples = {name: task.referred(found, None if job.scratch else source, config) for name, found in examples.items()}
     folder = run / EXAMPLES
     folder.mkdir(parents=True, exist_ok=True)
     for name, found in examples.items():
@@ -106,6 +102,19 @@ def prepare(job: Job, run: Path, say: Say) -> Prepared:
     return Prepared(config, folder / "config.toml", task, tables)
 
 
+def _options(job: Job, source: Weights) -> Options:
+    """Those of the job with the length that the model has. Raises `UserError` for one that the task or the model does not have."""
+    given, positions = job.options, source.config.positions
+    for option in fields(Options):
+        value = getattr(given, option.name)
+        users = [name for name, kind in TASKS.items() if option.name in kind.takes]
+        if users and job.task not in users and value != option.default:
+            raise UserError(f"--{option.name.replace('_', '-')} {value} concerns {' and '.join(users)}, not {job.task}: leave it out")
+    if given.length < 0 or given.length > positions:
+        raise UserError(f"--length {given.length}: expected 1 to {positions}, the positions of the model, or 0 for what the examples need")
+    return replace(given, length=given.length or positions, seed=job.seed)
+
+
 def read_tables(job: Job, kind: type[Task]) -> dict[str, Table]:
     """The rows to learn from, to hold out and to test with. Without --valid every tenth row, by the seed, is held out."""
     found = {"train": job.data, "valid": job.valid, "test": job.test}
@@ -114,7 +123,7 @@ def read_tables(job: Job, kind: type[Task]) -> dict[str, Table]:
         whole = tables["train"]
         if len(whole.rows) < 10:
             raise UserError(f"--data {whole.name}: {len(whole.rows)} rows are too few to hold some out: give --valid FILE")
-        order = permute(np.arange(len(whole.rows)), len(whole.rows), int(job.overrides.get("train.seed", 1234)))
+        order = permute(np.arange(len(whole.rows)), len(whole.rows), job.seed)
         cut = len(whole.rows) // 10
         held, rest = (sorted(order[part].tolist()) for part in (slice(cut), slice(cut, None)))
         tables["train"] = Table(whole.name, [whole.rows[number] for number in rest], whole.notes)
@@ -124,7 +133,7 @@ def read_tables(job: Job, kind: type[Task]) -> dict[str, Table]:
 
 
 def _table(paths: Sequence[Path], kind: type[Task], named: Mapping[str, str]) -> Table:
-    return find_columns(read_table(paths, kind.parallel_text), kind.columns, named, kind.optional)
+    return kind.read(find_columns(read_table(paths, kind.parallel_text), kind.columns, named, kind.optional))
 
 
 def _tokenizer(source: Weights) -> Tokenizer:
@@ -138,18 +147,18 @@ def _tokenizer(source: Weights) -> Tokenizer:
     return source.tokenizer
 
 
-def _config(job: Job, task: Task, source: Weights, examples: Sequence[Example], run: Path) -> Config:
+def _config(job: Job, task: Task, source: Weights, examples: Mapping[str, Sequence[Example]], run: Path) -> Config:
     """The run's config: what the task asks for, then what is usual in fine-tuning, then what the user says."""
     model = source.config
-    longest = max(max(len(values) for values in example.values()) for example in examples)
-    batch = int(job.overrides.get("train.global_batch", min(32, max(1, len(examples) // 8))))
-    steps = max(1, math.ceil(job.epochs * len(examples) / batch))
-    keys: dict[str, Any] = {"model.seq_length": longest, "model.max_positions": model.positions, "model.dropout": 0.1}
+    count, most = len(examples["train"]), max(map(longest, examples.values()))
+    batch = int(job.overrides.get("train.global_batch", min(32, max(1, count // 8))))
+    steps = max(1, math.ceil(job.epochs * count / batch))
+    keys: dict[str, Any] = {"model.seq_length": most, "model.max_positions": model.positions, "model.dropout": 0.1}
     keys |= {"model.attention_dropout": 0.0, "model.predict_tokens": 1}
     keys |= {"objective.name": task.objective, "objective.sentence": "none", "data.examples": str(run / EXAMPLES)}
     keys |= {"optim.lr": usual_lr(model.hidden, bool(job.overrides.get("model.adapter_rank", model.adapter_rank)))}
     keys |= {"optim.schedule": "linear", "optim.warmup_steps": max(1, steps // 10), "optim.weight_decay": 0.01, "optim.beta2": 0.98}
-    keys |= {"train.steps": steps, "train.global_batch": batch, "train.eval_every": max(1, math.ceil(len(examples) / batch))}
+    keys |= {"train.steps": steps, "train.global_batch": batch, "train.eval_every": max(1, math.ceil(count / batch))}
     keys |= {"train.patience": 3, "checkpoint.keep": 1, "checkpoint.every": 0}
     keys |= {"train.init": "" if job.scratch else str(job.model)}
     keys |= task.keys()

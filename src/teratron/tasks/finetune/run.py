@@ -20,7 +20,7 @@ Train = Callable[[Path, Path], int]
 def finetune(job: Job, run: Path, train: Train) -> int:
     """All seeds of a job; returns the exit code of the first training that did not come to its end, else 0."""
     folders = [run / f"seed-{number}" for number in range(1, job.seeds + 1)] if job.seeds > 1 else [run]
-    first = int(job.overrides.get("train.seed", 1234))
+    first = job.seed
     found = []
     for number, folder in enumerate(folders):
         prepared = prepare(dataclasses.replace(job, overrides={**job.overrides, "train.seed": first + number}), folder, print)

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from teratron.checkpoint.source import Weights
 from teratron.config import Config, UserError
 from teratron.data.examples import Example, Examples
 from teratron.data.special import SpecialTokens
 from teratron.models import Model
 from teratron.objectives import Batch, build_objective
 from teratron.tasks.finetune.coder import Coder
-from teratron.tasks.finetune.rows import Row
+from teratron.tasks.finetune.rows import Row, Table
 from teratron.tasks.metrics import Metric
 
 BATCH = 32
@@ -33,7 +34,22 @@ class Options:
     """Tokens that neighbouring pieces of a long document share; 0 = a document is cut off at the length."""
     class_weights: str = "none"
     """none, or balanced: rare classes weigh more, by the inverse of how many examples they have."""
+    target_length: int = 128
+    """Longest text that is written, in tokens."""
+    beams: int = 1
+    """Of the search that writes predictions; 1 = always the likeliest token."""
+    template: str = "auto"
+    """How a conversation is written down; auto = what the tokenizer's tokens suggest."""
+    pack: bool = False
+    """Several conversations make one example, without seeing each other."""
+    group: int = 16
+    """Pairs that are told apart from each other."""
     seed: int = 1234
+
+    def __post_init__(self) -> None:
+        for name, least in (("stride", 0), ("target_length", 1), ("beams", 1), ("group", 2)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,13 @@ class Task:
     """The task's own names of columns and the usual ones, the likeliest first."""
     optional: ClassVar[Sequence[str]] = ()
     parallel_text: ClassVar[bool] = False
+    takes: ClassVar[Sequence[str]] = ()
+    """Which of the options concern it, beside length and seed."""
+
+    @classmethod
+    def read(cls, table: Table) -> Table:
+        """A table's rows as the task has them, where not all are examples or one is several."""
+        return table
 
     def learn(self, rows: Sequence[Row]) -> None:
         """Fill `facts` from the training rows; raises `UserError` for rows that cannot be learned from."""
@@ -78,6 +101,10 @@ class Task:
     def examples(self, rows: Sequence[Row], coder: Coder) -> list[Example]:
         """What is learnt, at least one example for each row unless rows are packed."""
         raise NotImplementedError
+
+    def referred(self, examples: list[Example], source: Weights | None, config: Config) -> list[Example]:
+        """Examples with what the model says of them that is begun with; source None = there is none, weights are drawn."""
+        return examples
 
     def notes(self) -> list[str]:
         """What the last call of `examples` had to do to the rows, such as how many were cut."""
@@ -99,12 +126,18 @@ class Task:
 @torch.no_grad()
 def forward(model: Model, config: Config, examples: Sequence[Example]) -> Iterator[tuple[np.ndarray, Batch, dict[str, Tensor]]]:
     """The model's last state on examples: (their numbers, the batch, the state), longest together so that little is padding."""
-    held, objective = Examples.of(examples, config.model.seq_length), build_objective(config)
+    held, objective = Examples.of(examples), build_objective(config)
     order, device = np.argsort(held.lengths, kind="stable"), next(model.parameters()).device
     for start in range(0, len(order), BATCH):
         numbers = order[start : start + BATCH]
         batch = {name: tensor.to(device) for name, tensor in objective.prepare(held, numbers, SpecialTokens(0)).items()}
         yield numbers, batch, model(objective.inputs(batch))
+
+
+def weights_of(counts: Sequence[int], kind: str) -> np.ndarray:
+    """What an example of each class weighs, by how many there are: `class_weights` none or balanced, float64 [C]."""
+    found = np.maximum(np.array(counts, float), 1)
+    return found.sum() / found / len(found) if kind == "balanced" else np.ones(len(found))
 
 
 def text_of(row: Row, role: str, name: str) -> str:
