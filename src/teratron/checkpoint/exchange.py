@@ -10,6 +10,7 @@ from torch import nn
 
 from teratron.checkpoint.huggingface import is_huggingface, open_huggingface
 from teratron.checkpoint.manifest import StoredTensor, whole
+from teratron.checkpoint.megatron import is_megatron, open_megatron
 from teratron.checkpoint.reader import Checkpoint, find_checkpoint
 from teratron.checkpoint.source import Weights, tokenizer_in
 from teratron.checkpoint.stream import Entry
@@ -33,12 +34,14 @@ def open_weights(source: Path) -> Weights:
         return open_weights_file(source)
     if is_huggingface(source):
         return open_huggingface(source)
+    if is_megatron(source):
+        return open_megatron(source)
     return _of_checkpoint(find_checkpoint(source))
 
 
 def is_foreign(source: Path) -> bool:
     """Whether something is neither run nor checkpoint: a file, or a folder of another system."""
-    return source.is_file() or is_huggingface(source)
+    return source.is_file() or is_huggingface(source) or is_megatron(source)
 
 
 def load_entries(model: nn.Module, entries: Iterable[Entry]) -> None:
