@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
+
+from teratron.checkpoint import open_weights
+from teratron.config import ModelConfig
 
 
 def assert_parity(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tol: float, lr: float, steps: int) -> None:
@@ -22,3 +26,9 @@ def assert_parity(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], t
         if not difference <= bound:  # so written that NaN is wrong
             wrong.append(f"{name}: {difference:.3g} > {bound:.3g}")
     assert not wrong, "\n".join(wrong)
+
+
+def read_weights(source: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """A model's config and all its parts, wherever they lie."""
+    weights = open_weights(source)
+    return weights.config, {entry.name: entry.values() for entry in weights.parts}

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import read_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from teratron.checkpoint.huggingface import is_huggingface, load_huggingface
+from teratron.checkpoint.huggingface import is_huggingface
 from teratron.config import UserError
 from teratron.models import GPT, build_model, load_parts
 
@@ -48,7 +49,7 @@ def changed(source: Path, target: Path, settings: dict[str, Any], tensors: Calla
 
 
 def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> GPT:
-    config, tensors = load_huggingface(folder)
+    config, tensors = read_weights(folder)
     model = build_model(config, dtype=dtype)
     load_parts(model, tensors)
     return model
@@ -85,7 +86,7 @@ def test_a_real_llama_tells_its_golden_story(shared: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_sharded_and_bare_files_and_buffers_give_the_same_parts(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    config, expected = load_huggingface(folders[family])
+    config, expected = read_weights(folders[family])
     (prefix, buffer) = {"gpt2": ("transformer.", "h.0.attn.bias"), "llama": ("model.", "layers.0.self_attn.rotary_emb.inv_freq")}[family]
 
     def bare(tensors: dict[str, Tensor]) -> None:
@@ -99,7 +100,7 @@ def test_sharded_and_bare_files_and_buffers_give_the_same_parts(family: str, fol
     model_class.from_pretrained(folders[family]).save_pretrained(shards, max_shard_size="5KB")
     assert len(list(shards.glob("model-*.safetensors"))) > 2
     for folder in (without, shards):
-        found_config, found = load_huggingface(folder)
+        found_config, found = read_weights(folder)
         assert found_config == config
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -107,7 +108,7 @@ def test_sharded_and_bare_files_and_buffers_give_the_same_parts(family: str, fol
 
 def test_a_stored_copy_of_a_tied_head_and_a_missing_architecture_name_are_tolerated(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = changed(folders["gpt2"], tmp_path / "tied", {"tie_word_embeddings": True, "architectures": None})
-    config, tensors = load_huggingface(folder)
+    config, tensors = read_weights(folder)
     assert config.tie_embeddings
     assert "head.output.weight" not in tensors
 
@@ -116,19 +117,21 @@ def test_half_precision_weights_keep_their_type(folders: dict[str, Path], tmp_pa
     def halve(tensors: dict[str, Tensor]) -> None:
         tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
 
-    _, tensors = load_huggingface(changed(folders["llama"], tmp_path / "half", {}, halve))
+    _, tensors = read_weights(changed(folders["llama"], tmp_path / "half", {}, halve))
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
 def test_older_files_keep_the_rotary_base_beside_the_rest(folders: dict[str, Path], tmp_path: Path) -> None:
     old = {"rope_parameters": None, "rope_theta": 12345.0, "rope_scaling": {"type": "default"}}
-    assert load_huggingface(changed(folders["llama"], tmp_path / "old", old))[0].rope_theta == 12345.0
+    assert read_weights(changed(folders["llama"], tmp_path / "old", old))[0].rope_theta == 12345.0
 
 
 SETTINGS = [
-    ("llama", {"architectures": ["MixtralForCausalLM"]}, "architecture 'MixtralForCausalLM' is not supported; supported: GPT2LM.*, Llama"),
-    ("llama", {"architectures": None, "model_type": "qwen2"}, "architecture 'qwen2' is not supported"),
-    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'rope_scaling' = .*llama3.* is not supported"),
+    ("llama", {"architectures": ["FalconForCausalLM"]}, "architecture 'FalconForCausalLM' is not supported; supported: Llama.*, GPT2LM"),
+    ("llama", {"architectures": None, "model_type": "falcon"}, "architecture 'falcon' is not supported"),
+    ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "'rope_scaling' = .*dynamic.* is not supported"),
+    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "mscale": 0.7}}, "'rope_scaling' = .*mscale.* is not supported"),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "model.rope_scaling = llama3 needs model.rope_original"),
     ("llama", {"rope_scaling": "linear"}, "'rope_scaling' = \"linear\" is not supported"),
     ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "'rope_parameters' = .* is not supported"),
     ("llama", {"mlp_bias": True}, "'mlp_bias' = true is not supported, expected false"),
@@ -140,7 +143,7 @@ SETTINGS = [
     ("gpt2", {"scale_attn_weights": False}, "'scale_attn_weights' = false is not supported, expected true"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "'scale_attn_by_inverse_layer_idx' = true"),
     ("gpt2", {"add_cross_attention": True}, "'add_cross_attention' = true"),
-    ("gpt2", {"activation_function": "silu"}, "'activation_function' = \"silu\" is not supported, expected gelu_new"),
+    ("gpt2", {"activation_function": "silu"}, "'activation_function' = \"silu\" is not supported, expected gelu.gelu_new"),
 ]
 
 
@@ -154,7 +157,7 @@ def test_what_the_model_lacks_is_refused(
 def refuse(folder: Path, message: str) -> None:
     """The import raises one line that names the file or folder and matches."""
     with pytest.raises(UserError, match=message) as refused:
-        load_huggingface(folder)
+        read_weights(folder)
     assert "\n" not in str(refused.value)
     assert str(folder) in str(refused.value)
 
@@ -164,7 +167,7 @@ TENSORS = [
     (lambda tensors: tensors.pop(NAME), "h.1.attn.c_attn.weight is missing from the weights"),
     (lambda tensors: tensors.pop("lm_head.weight"), "lm_head.weight is missing"),
     (lambda tensors: tensors.update({NAME: tensors[NAME].t().contiguous()}), r"has shape \[48, 16\], expected \[16, 48\]"),
-    (lambda tensors: tensors.update({NAME: tensors[NAME].to(torch.int8)}), "holds torch.int8, expected float64"),
+    (lambda tensors: tensors.update({NAME: tensors[NAME].to(torch.int8)}), "holds numbers of type I8, expected F32"),
     (lambda tensors: tensors.update({"transformer.adapter": torch.ones(2)}), "the weights hold adapter, which config.json does not"),
 ]
 
@@ -197,10 +200,9 @@ def test_unreadable_files_are_refused(folders: dict[str, Path], tmp_path: Path) 
     refuse(folder, "not a readable JSON file")
 
 
-def test_real_folders_of_other_architectures_are_recognised_and_refused(shared: Path) -> None:
-    for name in ("BloomForCausalLM", "BertForSequenceClassification"):
+def test_real_folders_of_pickles_are_recognised_and_refused(shared: Path) -> None:
+    for name in ("BloomForCausalLM", "BertForSequenceClassification", "T5ForConditionalGeneration"):
         folder = shared / "data/ckpt_tiny_hf" / name
         assert is_huggingface(folder)
-        refuse(folder, f"architecture '{name}' is not supported")
-    refuse(shared / "data/ckpt_tiny_hf/T5ForConditionalGeneration", "a pickle, .*from transformers import T5ForConditionalGeneration")
+        refuse(folder, f"a pickle, .*from transformers import {name}")
     assert not is_huggingface(shared / "data/ckpt_tiny_hf")

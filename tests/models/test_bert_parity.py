@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import read_weights
 from torch import Tensor
 
-from teratron.checkpoint.huggingface import load_huggingface
 from teratron.config import Config
 from teratron.models import Model, build_model, flops_per_token, load_parts, parameter_count, parts_of
 
@@ -46,12 +46,12 @@ def theirs(variant: str) -> Any:
 def by_part(model: Any, folder: Path) -> dict[str, Tensor]:
     """A `transformers` model's parameters under our names."""
     model.save_pretrained(folder)
-    return load_huggingface(folder)[1]
+    return read_weights(folder)[1]
 
 
 def ours(model: Any, folder: Path) -> Model:
     model.save_pretrained(folder)
-    config, tensors = load_huggingface(folder)
+    config, tensors = read_weights(folder)
     twin = build_model(config)
     load_parts(twin, tensors)
     return twin

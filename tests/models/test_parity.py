@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import read_weights
 from torch import Tensor
 
-from teratron.checkpoint.huggingface import load_huggingface
 from teratron.models import GPT, build_model, load_parts, parts_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle: pip install transformers")
@@ -49,12 +49,12 @@ def theirs(family: str, changes: dict[str, Any]) -> Any:
 def by_part(model: Any, folder: Path) -> dict[str, Tensor]:
     """A `transformers` model's parameters under our names."""
     model.save_pretrained(folder)
-    return load_huggingface(folder)[1]
+    return read_weights(folder)[1]
 
 
 def ours(model: Any, folder: Path) -> GPT:
     model.save_pretrained(folder)
-    config, tensors = load_huggingface(folder)
+    config, tensors = read_weights(folder)
     twin = build_model(config)
     load_parts(twin, tensors)
     return twin

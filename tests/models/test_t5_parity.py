@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import read_weights
 from torch import Tensor, nn
 
-from teratron.checkpoint.huggingface import load_huggingface
 from teratron.models import build_model, load_parts, parts_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle: pip install transformers")
@@ -47,7 +47,7 @@ def theirs(variant: str) -> Any:
 def by_part(model: Any, folder: Path) -> tuple[Any, dict[str, Tensor]]:
     """A `transformers` model's config and parameters as ours."""
     model.save_pretrained(folder)
-    return load_huggingface(folder)
+    return read_weights(folder)
 
 
 def close(found: Tensor, expected: Tensor) -> None:

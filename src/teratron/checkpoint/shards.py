@@ -49,7 +49,7 @@ class Shards:
             header = self._opened[path].get_slice(name)
             kind, shape = header.get_dtype(), header.get_shape()
         if kind not in _DTYPES:
-            raise UserError(f"{path}: {name} holds {kind}, expected {'|'.join(_DTYPES)}: use unquantised weights")
+            raise UserError(f"{path}: {name} holds numbers of type {kind}, expected {'|'.join(_DTYPES)}: use unquantised weights")
         return Entry(name, _DTYPES[kind], shape, partial(self.read, name))
 
     def entries(self) -> Iterator[Entry]:

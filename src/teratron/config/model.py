@@ -53,6 +53,8 @@ class ModelConfig(Section):
     attention's (GPT-J, PaLM)."""
     norm_eps: float = key(1e-5, above(0))
     """Added to the variance inside a norm."""
+    norm_less_one: bool = key(False)
+    """The weights of norms are kept less 1, and so decay towards 1 (Gemma, Megatron-LM's layernorm 1p)."""
     activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu", "geglu_tanh"] = key("gelu")
     """Feed-forward activation; swiglu, geglu and geglu_tanh (T5 1.1) add a gate projection."""
     position: Literal["learned", "sinusoidal", "rope", "relative", "alibi", "transformer_xl", "none"] = key("learned")
@@ -132,6 +134,8 @@ class ModelConfig(Section):
     only; 0 = the whole sample is one."""
     bias: bool = key(True)
     """Biases in linear layers and LayerNorm."""
+    qkv_bias: bool = key(False)
+    """Biases of queries, keys and values also where model.bias = false (Qwen 2)."""
     qk_norm: bool = key(False)
     """Normalise each head's queries and keys (RMSNorm over head_dim)."""
     attention_cap: float = key(0.0, at_least(0))
@@ -353,6 +357,11 @@ class ModelConfig(Section):
     def rotary_features(self) -> int:
         """Features of a head that are rotated."""
         return self.rope_dim if self.latent else int(self.head_features * self.rope_share)
+
+    @property
+    def fast_turns(self) -> float:
+        """Turns in the first context above which a rotary frequency stays as it is."""
+        return self.rope_fast or {"yarn": 32.0, "llama3": 4.0}.get(self.rope_scaling, 0.0)
 
     @property
     def sharpness(self) -> float:

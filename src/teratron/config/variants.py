@@ -27,6 +27,9 @@ def check_variants(model: ModelConfig) -> None:
             f"model.block = {model.block} does not fit model.{name} = {getattr(model, name)}: choose model.block sequential, or "
             f"model.{name} {'pre' if name == 'norm_place' else 'gpt'}"
         )
+    if model.qkv_bias and (model.latent or model.family in ("xlnet", "encoder_decoder")):
+        name = "latent" if model.latent else "family"
+        raise UserError(f"model.qkv_bias = true does not fit model.{name} = {getattr(model, name)}: set --model.bias true, or leave it out")
     if model.output_cap and model.family != "gpt":
         raise UserError(f"model.output_cap = {model.output_cap} is for model.family = gpt, not {model.family}: leave it out")
 

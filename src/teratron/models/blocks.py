@@ -69,10 +69,10 @@ class Attention(nn.Module):
         queries, pairs = config.heads * config.head_features, config.key_value_heads * config.head_features
         widths = {"q": queries, "k": pairs, "v": pairs}
         stds = {"q": config.query_std, "k": config.matrix_std, "v": config.matrix_std}
-        self.qkv = Linear(config.hidden, widths, config.bias, stds, granule=config.head_features)
+        self.qkv = Linear(config.hidden, widths, config.bias or config.qkv_bias, stds, granule=config.head_features)
         self.query_factor = config.query_factor
-        self.q_norm = Norm(config.head_features, "rmsnorm", False, config.norm_eps) if config.qk_norm else None
-        self.k_norm = Norm(config.head_features, "rmsnorm", False, config.norm_eps) if config.qk_norm else None
+        self.q_norm = Norm(config.head_features, "rmsnorm", False, config.norm_eps, config.norm_less_one) if config.qk_norm else None
+        self.k_norm = Norm(config.head_features, "rmsnorm", False, config.norm_eps, config.norm_less_one) if config.qk_norm else None
         self.core = AttentionCore(config.attention_dropout, f"{site}.core", config.attention_cap, config.position == "alibi")
         self.output = Linear(queries, config.hidden, config.bias, config.matrix_std / math.sqrt(2 * config.layers))
 
@@ -220,4 +220,4 @@ class Head(nn.Module):
 
 def block_norm(config: ModelConfig) -> Norm:
     """The norm of the residual stream."""
-    return Norm(config.hidden, config.norm, config.bias, config.norm_eps)
+    return Norm(config.hidden, config.norm, config.bias, config.norm_eps, config.norm_less_one)

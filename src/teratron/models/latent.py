@@ -39,13 +39,13 @@ class LatentAttention(nn.Module):
         width = self.plain + self.rotated
         if config.latent_query:
             self.q_down = Linear(hidden, config.latent_query, config.bias, std)
-            self.q_down_norm = Norm(config.latent_query, "rmsnorm", False, config.norm_eps)
+            self.q_down_norm = Norm(config.latent_query, "rmsnorm", False, config.norm_eps, config.norm_less_one)
             self.q_up = Linear(config.latent_query, heads * width, False, std, granule=width)
         else:
             self.q = Linear(hidden, heads * width, config.bias, std, granule=width)
         self.shortened = config.latent_query > 0
         self.kv_down = Linear(hidden, {"latent": config.latent, "k_rotated": self.rotated}, config.bias, std)
-        self.kv_down_norm = Norm(config.latent, "rmsnorm", False, config.norm_eps)
+        self.kv_down_norm = Norm(config.latent, "rmsnorm", False, config.norm_eps, config.norm_less_one)
         self.kv_up = Linear(config.latent, heads * (self.plain + self.values), False, std, granule=self.plain + self.values)
         self.spread = Spread()
         self.factor = config.sharpness**2

@@ -152,19 +152,26 @@ class Embedding(Leaf):
 class Norm(Leaf):
     """LayerNorm or RMSNorm over the last dimension; statistics in float32 for half types."""
 
-    def __init__(self, width: int, kind: str, bias: bool, eps: float) -> None:
+    def __init__(self, width: int, kind: str, bias: bool, eps: float, less_one: bool = False) -> None:
+        """less_one: the weight is kept less 1."""
         super().__init__()
-        self.kind, self.eps = kind, eps
+        self.kind, self.eps, self.less_one = kind, eps, less_one
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if bias and kind == "layernorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.less_one:
+            exact = accurate(x.dtype)
+            return self._normalised(x.to(exact), self.weight.to(exact) + 1).to(x.dtype)
+        return self._normalised(x, self.weight)
+
+    def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.kind == "layernorm":
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return F.layer_norm(x, weight.shape, weight, None if self.bias is None else self.bias.to(x.dtype), self.eps)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
     def leaf_parts(self) -> Iterator[Part]:
-        yield Part(".weight", "weight", 0, tuple(self.weight.shape), None, fill=1.0)
+        yield Part(".weight", "weight", 0, tuple(self.weight.shape), None, fill=0.0 if self.less_one else 1.0)
         if self.bias is not None:
             yield Part(".bias", "bias", 0, tuple(self.bias.shape), None)
 

@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 from teratron.config import ModelConfig
 
-USUAL_FAST = {"yarn": 32.0, "llama3": 4.0}
-"""Turns in the first context above which a frequency stays as it is."""
-
 
 def rotary(config: ModelConfig, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """cos and sin of each position's angles, [B, 1, S, features / 2] (Su et al. 2021); None = positions are not rotary."""
@@ -48,8 +45,7 @@ def _between(slow: Tensor, fast: Tensor, share: Tensor) -> Tensor:
 def _fast_by_turns(config: ModelConfig, plain: Tensor) -> Tensor:
     """How far each frequency stays as it is, 0 to 1, rising with its turns in the first context (Llama 3.1)."""
     turns = config.rope_original * plain / (2 * math.pi)
-    fast = config.rope_fast or USUAL_FAST["llama3"]
-    return ((turns - config.rope_slow) / (fast - config.rope_slow)).clamp(0, 1)
+    return ((turns - config.rope_slow) / (config.fast_turns - config.rope_slow)).clamp(0, 1)
 
 
 def _fast_by_number(config: ModelConfig, plain: Tensor) -> Tensor:
@@ -58,7 +54,7 @@ def _fast_by_number(config: ModelConfig, plain: Tensor) -> Tensor:
     def number(turns: float) -> float:
         return config.rotary_features * math.log(config.rope_original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
-    first = max(math.floor(number(config.rope_fast or USUAL_FAST["yarn"])), 0)
+    first = max(math.floor(number(config.fast_turns)), 0)
     last = min(math.ceil(number(config.rope_slow)), config.rotary_features - 1)
     numbers = torch.arange(len(plain), dtype=plain.dtype, device=plain.device)
     return 1 - ((numbers - first) / (last - first if last != first else 0.001)).clamp(0, 1)
