@@ -42,6 +42,8 @@ RELATED = (
     "train.spike",
     "data.text",
     "data.valid",
+    "data.examples",
+    "train.patience",
     "objective.",
 )
 """Keys that are checked against another: a random config draws them together, or keeps their default."""
