@@ -40,6 +40,7 @@ def check_fit(config: Config) -> None:
         choose = f"choose model.family {' or '.join(FITS[objective])}{instead}"
         raise UserError(f"objective.name = {objective} does not fit model.family = {family}: {choose}")
     _check_examples(config)
+    _check_positions(config)
     if objective != "next_token":
         _check_other_sides(config)
     if objective == "masked":
@@ -66,6 +67,16 @@ def _check_examples(config: Config) -> None:
         raise UserError(
             f"parallel.context = {config.parallel.context} cuts sequences, which objective.name = {objective} compares as a whole: use "
             "--parallel.tensor with --parallel.sequence, or --parallel.shard"
+        )
+
+
+def _check_positions(config: Config) -> None:
+    """An example may be longer than a model's context where it is several sequences, such as the choices of a question."""
+    model = config.model
+    if model.seq_length > model.positions and not config.data.examples:
+        raise UserError(
+            f"model.seq_length = {model.seq_length} exceeds model.max_positions = {model.max_positions}: "
+            "lower the first or raise the second"
         )
 
 

@@ -220,11 +220,6 @@ class ModelConfig(Section):
             raise UserError(
                 f"model.position_offset = {self.position_offset} shifts a learned table, model.position is {self.position}: leave it out"
             )
-        if self.seq_length > self.positions:
-            raise UserError(
-                f"model.seq_length = {self.seq_length} exceeds model.max_positions = {self.max_positions}: "
-                "lower the first or raise the second"
-            )
         if self.predict_tokens > max(1, self.seq_length - 1):
             raise UserError(
                 f"model.predict_tokens = {self.predict_tokens} reaches beyond model.seq_length = {self.seq_length}: lower it, such as to 4"

@@ -70,7 +70,8 @@ def prepare(job: Job, run: Path, say: Say) -> Prepared:
 
     Raises `UserError` for data, a model or keys that do not fit.
     """
-    kind = TASKS[job.task]
+    kind, begun = TASKS[job.task], _described(job)
+    _check_begun(run, begun)
     source = open_weights(job.model)
     tokenizer = _tokenizer(source)
     if source.config.family not in kind.families:
@@ -98,8 +99,26 @@ def prepare(job: Job, run: Path, say: Say) -> Prepared:
     if not (folder / "tokenizer").is_dir():
         save_tokenizer(tokenizer, folder / "tokenizer")
     (folder / "config.toml").write_text(config.to_toml(), "utf-8")
-    (run / TASK_FILE).write_text(json.dumps({"task": task.name, "options": asdict(task.options), "facts": task.facts}, indent=1) + "\n")
+    content = {"task": task.name, "options": asdict(task.options), "facts": task.facts, "begun": begun}
+    (run / TASK_FILE).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     return Prepared(config, folder / "config.toml", task, tables)
+
+
+def _described(job: Job) -> dict[str, Any]:
+    """What decides the examples of a job, for comparison."""
+    paths = {name: [str(path.absolute()) for path in getattr(job, name)] for name in ("data", "valid")}
+    return {"task": job.task, "model": str(job.model.absolute()), **paths, "columns": dict(job.columns), "scratch": job.scratch}
+
+
+def _check_begun(run: Path, wanted: Mapping[str, Any]) -> None:
+    """Raise `UserError` where a folder holds another fine-tuning, whose examples would be lost."""
+    try:
+        found = json.loads((run / TASK_FILE).read_text("utf-8"))["begun"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise UserError(f"--run {run} holds a fine-tuning with {name} = {found.get(name)}, now {value}: choose another folder")
 
 
 def _options(job: Job, source: Weights) -> Options:
@@ -112,7 +131,12 @@ def _options(job: Job, source: Weights) -> Options:
             raise UserError(f"--{option.name.replace('_', '-')} {value} concerns {' and '.join(users)}, not {job.task}: leave it out")
     if given.length < 0 or given.length > positions:
         raise UserError(f"--length {given.length}: expected 1 to {positions}, the positions of the model, or 0 for what the examples need")
-    return replace(given, length=given.length or positions, seed=job.seed)
+    length = given.length or positions
+    if given.stride > length // 2:
+        raise UserError(
+            f"--stride {given.stride}: pieces of at most {length} tokens share at most half of them: choose at most {length // 2}"
+        )
+    return replace(given, length=length, seed=job.seed)
 
 
 def read_tables(job: Job, kind: type[Task]) -> dict[str, Table]:
