@@ -106,11 +106,17 @@ def _squad(article: Row, path: Path) -> Iterator[Row]:
         raise UserError(f"--data {path}: an article is not as SQuAD has it ({error!r}): expected paragraphs, qas, answers") from None
 
 
+class _Unquoted(csv.excel_tab):
+    """Tab-separated text in which a quotation mark is one."""
+
+    quoting = csv.QUOTE_NONE
+
+
 def _separated(separator: str) -> Callable[[Path], Iterator[Row]]:
     def read(path: Path) -> Iterator[Row]:
         lines = (f"{line}\n" for _, line in _lines(path))
-        quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
-        reader = csv.DictReader(lines, delimiter=separator, quoting=quoting, restkey="", strict=True)
+        dialect = csv.excel if separator == "," else _Unquoted
+        reader = csv.DictReader(lines, dialect=dialect, restkey="", strict=True)
         try:
             for row in reader:
                 if None in row.values() or "" in row:

@@ -116,9 +116,9 @@ class Tag(Task):
             Metric("word_accuracy", lambda chosen: _share(right[chosen], lengths[chosen])),
         ]
         shown = [" ".join(row["words"]) for row in rows]
-        told = [[_told(row["words"], tags) for row, tags in zip(rows, side, strict=True)] for side in (predictions, gold)]
+        guessed, told = ([_told(row["words"], tags) for row, tags in zip(rows, side, strict=True)] for side in (predictions, gold))
         good = np.array([f1_of(own[None]) if own[1:].any() else 1.0 for own in counts])
-        return Scored(metrics, shown, *told, good)
+        return Scored(metrics, shown, guessed, told, good)
 
     def baseline(self, rows: Sequence[Row]) -> Sequence[list[str]]:
         """No entity anywhere."""
