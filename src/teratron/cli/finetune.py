@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=0, help="longest sequence, in tokens (default: what the examples need)")
     parser.add_argument("--stride", type=int, default=0, help="tokens that pieces of a long document share (default: it is cut off)")
     parser.add_argument("--class-weights", choices=("none", "balanced"), default="none", help="balanced: rare classes weigh more")
-    parser.add_argument("--target-length", type=int, default=128, metavar="N", help="longest text to write, in tokens (default: 128)")
+    parser.add_argument(
+        "--target-length", type=int, default=0, metavar="N", help="longest text to write, in tokens (default: 128, if there is room)"
+    )
     parser.add_argument("--beams", type=int, default=1, metavar="N", help="write predictions by beam search (default: the likeliest token)")
     parser.add_argument("--template", default="auto", help="of conversations: plain, chatml, llama2, llama3 (default: by the tokenizer)")
     parser.add_argument("--pack", action="store_true", help="put several conversations into one example")

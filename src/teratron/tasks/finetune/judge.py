@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from teratron.checkpoint import newest_checkpoint, open_checkpoint, saved_state
-from teratron.checkpoint.exchange import load_entries, open_weights
+from teratron.checkpoint.exchange import open_weights
+from teratron.checkpoint.source import load_entries
 from teratron.config import Config, UserError
 from teratron.models import Model, build_model
 from teratron.tasks.finetune.coder import Coder

@@ -34,8 +34,8 @@ class Options:
     """Tokens that neighbouring pieces of a long document share; 0 = a document is cut off at the length."""
     class_weights: str = "none"
     """none, or balanced: rare classes weigh more, by the inverse of how many examples they have."""
-    target_length: int = 128
-    """Longest text that is written, in tokens."""
+    target_length: int = 0
+    """Longest text that is written, in tokens; 0 = 128, but no more than half of the positions that the model has."""
     beams: int = 1
     """Of the search that writes predictions; 1 = always the likeliest token."""
     template: str = "auto"
@@ -47,7 +47,7 @@ class Options:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        for name, least in (("stride", 0), ("target_length", 1), ("beams", 1), ("group", 2)):
+        for name, least in (("stride", 0), ("target_length", 0), ("beams", 1), ("group", 2)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
 
