@@ -1,0 +1,147 @@
+"""What fine-tuning learns from examples is the same on every layout, whatever their lengths."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import KEYS, Keys, Learnt, Outcome, assert_same_training, layout, outcome, share
+from pool import pool
+
+from teratron.config import Config, UserError
+from teratron.data.examples import Example, Examples
+from teratron.data.special import SpecialTokens
+from teratron.parallel.mesh import Mesh, check_layout, mesh_sizes
+from teratron.train.engine import Engine
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+VOCAB, SEGMENTS, STEPS = 40, 4, 3
+BASE: Keys = {**KEYS, "model.seq_length": 32, "model.vocab_size": VOCAB, "data.examples": "made here", "optim.clip": 0.01}
+ENCODER: Keys = {**BASE, "model.family": "encoder", "model.token_types": 2, "model.norm_place": "post", "model.embedding_norm": True}
+T5: Keys = {**BASE, "model.family": "encoder_decoder", "model.position": "relative", "model.norm": "rmsnorm"}
+LLAMA: Keys = {**BASE, "model.position": "rope", "model.norm": "rmsnorm", "model.activation": "swiglu", "model.kv_heads": 2}
+CLASSES: Keys = {"objective.name": "classes", "model.head": "classes", "model.classes": 3, "objective.label_smoothing": 0.1}
+POINTING: Keys = {"objective.name": "pointing", "model.head": "classes", "model.classes": 2}
+SIMILAR: Keys = {"objective.name": "similar", "model.head": "none"}
+ALL: dict[str, Keys] = {
+    "classes": {**ENCODER, **CLASSES},
+    "classes-pooled": {**ENCODER, **CLASSES, "model.pooler": True},
+    "classes-gpt": {**LLAMA, **CLASSES},
+    "classes-t5": {**T5, **CLASSES},
+    "pointing": {**ENCODER, **POINTING},
+    "pointing-gpt": {**LLAMA, **POINTING, "model.classes": 1},
+    "similar": {**ENCODER, **SIMILAR},
+    "similar-gpt": {**LLAMA, **SIMILAR},
+    "preferred": {**LLAMA, "objective.name": "preferred"},
+    "supervised": {**LLAMA, "objective.name": "supervised"},
+    "supervised-t5": {**T5, "objective.name": "supervised"},
+}
+WHOLE = ("pointing", "similar", "preferred")
+
+
+def example(keys: Keys, number: int) -> Example:
+    """One of any length, of several segments where its objective compares them."""
+    draw = np.random.default_rng(number)
+    name, family = keys["objective.name"], keys.get("model.family", "gpt")
+    lengths = draw.integers(2, 9, {"similar": SEGMENTS, "preferred": 2}.get(name, 1))
+    lengths = lengths if len(lengths) > 1 else lengths * 3
+    fields = _stream(keys, lengths, draw)
+    total = int(lengths.sum())
+    some = draw.random(total) * (draw.random(total) > 0.4)
+    some[-1] = 1.0
+    if name in ("similar", "preferred"):
+        fields |= {"segments": np.repeat(np.arange(len(lengths)), lengths), "positions": np.concatenate([np.arange(n) for n in lengths])}
+    if family == "encoder_decoder":
+        read = _stream(keys, draw.integers(2, 30, 1), draw)
+        fields |= {f"encoder_{field}": values for field, values in read.items()}
+    if name == "pointing":
+        candidates = draw.random(total) > 0.5
+        candidates[0] = True
+        for field in ("first_weights", "second_weights"):
+            fields[field] = (np.arange(total) == draw.choice(np.flatnonzero(candidates))).astype(float)
+        return fields | {"candidates": candidates.astype(int)}
+    if name == "similar":
+        return fields | {"vector_weights": np.ones(total)}
+    classes = keys.get("model.classes", VOCAB)
+    fields |= {"targets": draw.integers(0, classes, total), "weights": np.ones(total) if name == "preferred" else some}
+    return fields | {"references": draw.random(total) - 1} if name == "preferred" else fields
+
+
+def _stream(keys: Keys, lengths: np.ndarray, draw: np.random.Generator) -> dict[str, np.ndarray]:
+    total = int(lengths.sum())
+    types = {"token_types": draw.integers(0, 2, total)} if keys.get("model.token_types") else {}
+    return {"tokens": draw.integers(0, VOCAB, total), **types}
+
+
+def train_on_examples(rank: int, ranks: int, keys: dict[str, Any]) -> Learnt:
+    """Some steps on one rank; what it learnt, and the pieces of the state that it holds."""
+    config = Config().override(keys)
+    check_layout(config.model, config.parallel)
+    engine = Engine(config, Mesh(mesh_sizes(config.parallel, ranks), rank))
+    engine.optimizer.initialise(config.train.seed)
+    count = config.train.global_batch
+    held = Examples.of([example(keys, number) for number in range((STEPS + 1) * count)])
+    losses, norms = [], []
+    for step in range(1, STEPS + 1):
+        batch = engine.objective.prepare(held, np.arange(count) + step * count, SpecialTokens(VOCAB))
+        tally, norm = engine.step(share(engine, batch), step=step, number=step, lr=config.optim.lr)
+        losses.append(tally.loss())
+        norms.append(float(norm))
+    return losses, norms, engine.optimizer.pieces()
+
+
+@functools.cache
+def single_process(kind: str) -> Outcome:
+    return outcome([train_on_examples(0, 1, ALL[kind])])
+
+
+def assert_layout_invisible(ranks: int, places: str, kind: str, **more: Any) -> None:
+    keys = {**ALL[kind], **layout(places), **more}
+    assert_same_training(outcome(pool().run(train_on_examples, ranks, keys)), single_process(kind), keys)
+
+
+FIRST = [
+    (2, "tensor 2 x sequence", "pointing"),
+    (2, "pipeline 2", "classes"),
+    (4, "tensor 2 x sequence x shard parameters", "similar"),
+    (2, "tensor 2 x sequence", "preferred"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "places", "kind"), FIRST)
+def test_a_layout_is_the_single_process(ranks: int, places: str, kind: str) -> None:
+    assert_layout_invisible(ranks, places, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize(
+    ("ranks", "places"),
+    [
+        (2, "tensor 2"),
+        (2, "tensor 2 x sequence"),
+        (2, "pipeline 2 zb-h1"),
+        (4, "pipeline 2 zbv x tensor 2 x sequence"),
+        (2, "shard parameters"),
+        (4, "tensor 2 x sequence x shard gradients"),
+        (2, "context 2 all_to_all"),
+        (2, "context 2 ring"),
+    ],
+)
+def test_every_kind_on_every_layout(ranks: int, places: str, kind: str) -> None:
+    refused = ("context" in places and kind.startswith(WHOLE)) or ("ring" in places and kind.endswith("t5"))
+    if refused:
+        with pytest.raises(UserError, match="parallel"):
+            train_on_examples(0, 1, {**ALL[kind], **layout(places)})
+        return
+    assert_layout_invisible(ranks, places, kind, **({"train.micro_batch": 2} if "pipeline" in places else {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ALL)
+def test_recomputation_and_micro_batches_change_nothing(kind: str) -> None:
+    keys = {**ALL[kind], "train.micro_batch": 2, "train.recompute": "full"}
+    assert_same_training(outcome([train_on_examples(0, 1, keys)]), single_process(kind), keys)
