@@ -21,7 +21,7 @@ from machine import add_line, facts
 
 from teratron.checkpoint import LoadedModel, open_model
 from teratron.config import Config, UserError
-from teratron.generate import ContrastiveSearch, ContrastiveStream, Sampling, TokenStream
+from teratron.generate import ContrastiveSearch, ContrastiveStream, Decoder, Sampling, TokenStream
 from teratron.models import GPT
 from teratron.tasks.degeneration import diversity, judge, repetition
 from teratron.train import Trainer
@@ -104,9 +104,9 @@ def continued(loaded: LoadedModel, prefixes: Rows, how: Sampling | ContrastiveSe
     for first in range(0, len(prefixes), BATCH):
         starts = prefixes[first : first + BATCH]
         if isinstance(how, Sampling):
-            stream = TokenStream(loaded.model, starts, how, NEW, seeds=range(first, first + len(starts)))
+            stream = TokenStream(Decoder(loaded.model, starts, NEW), how, seeds=range(first, first + len(starts)))
         else:
-            stream = ContrastiveStream(decoder(loaded), starts, how, NEW)
+            stream = ContrastiveStream(Decoder(loaded.model, starts, NEW), how)
         for step in stream:
             for row, token in step:
                 rows[first + row].append(token)

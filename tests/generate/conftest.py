@@ -29,7 +29,7 @@ STYLES = {
 
 def small_model(style: str, positions: int = 64, **keys: Any) -> Model:
     """A float64 model over bytes whose logits are far from uniform."""
-    config = ModelConfig(layers=2, hidden=32, heads=4, seq_length=positions, vocab_size=257, init_std=0.4, **STYLES[style], **keys)
+    config = ModelConfig(layers=2, hidden=32, heads=4, seq_length=positions, vocab_size=257, init_std=0.4, **STYLES[style] | keys)
     model = build_model(config, dtype=torch.float64)
     initialise(model, seed=1)
     return model.eval()

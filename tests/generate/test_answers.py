@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from teratron.config import ModelConfig, UserError
-from teratron.generate.answers import AnswerStream
+from teratron.generate import AnswerDecoder, TokenStream
 from teratron.generate.contrastive import ContrastiveSearch
 from teratron.generate.sampler import Sampling
 from teratron.models import EncoderDecoder, build_model, initialise
@@ -37,7 +37,7 @@ def answers(
 ) -> list[list[int]]:
     rows: list[list[int]] = [[] for _ in prompts]
     seeds = [prompt[0] for prompt in prompts]
-    for step in AnswerStream(model, prompts, Sampling(temperature=heat), START, limit, stop or set(), seeds):
+    for step in TokenStream(AnswerDecoder(model, prompts, START, limit), Sampling(temperature=heat), stop or set(), seeds):
         for row, token in step:
             rows[row].append(token)
     return rows
@@ -78,8 +78,9 @@ def test_the_decoder_has_all_positions_whatever_is_read() -> None:
     model = made(BART)
     long = [list(range(2, 17))]
     assert len(answers(model, long, limit=16)[0]) == 16
-    with pytest.raises(UserError, match="the prompt has 16 tokens"):
-        answers(model, [list(range(2, 18))])
+    assert len(answers(model, [list(range(2, 18))])[0]) == 9
+    with pytest.raises(UserError, match="the prompt has 17 tokens"):
+        answers(model, [list(range(2, 19))])
     with pytest.raises(UserError, match="ask for at most 16"):
         answers(model, long, limit=17)
 
@@ -87,12 +88,12 @@ def test_the_decoder_has_all_positions_whatever_is_read() -> None:
 def test_contrastive_search_is_refused(tmp_path) -> None:
     from teratron.checkpoint import LoadedModel
     from teratron.data.bpe import train_bpe
-    from teratron.generate import Request, TextStream
+    from teratron.generate import Generator, Request
 
     tokenizer = train_bpe(["a few words"], 270, ("[PAD]", "[SEP]"))
     loaded = LoadedModel(made(dataclasses.replace(T5, vocab_size=270)), T5, tokenizer, "here")
     with pytest.raises(UserError, match="an encoder-decoder has no contrastive search: leave it out"):
-        TextStream(loaded, [[3]], Request(ContrastiveSearch(4)), [0])
+        Generator(loaded, Request(ContrastiveSearch(4)))
     loaded = dataclasses.replace(loaded, tokenizer=train_bpe(["a few words"], 270))
     with pytest.raises(UserError, match="has no padding token, with which a decoder begins"):
-        TextStream(loaded, [[3]], Request(Sampling()), [0])
+        Generator(loaded, Request())

@@ -14,7 +14,8 @@ import teratron
 from teratron.checkpoint import LoadedModel
 from teratron.config import UserError
 from teratron.data.tokenizer import ByteTokenizer, Tokenizer
-from teratron.generate import Request, Sampling, TextStream, TokenStream, complete, encode, generate
+from teratron.generate import Decoder, Request, Sampling, TokenStream, complete, generate
+from teratron.generate.frame import frame_of
 
 PROMPTS = ["Hi", "The cat sat on the", "", "é"]
 
@@ -31,6 +32,10 @@ class Endless(ByteTokenizer):
     def __init__(self) -> None:
         super().__init__()
         self.eod = None
+
+
+def read(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    return frame_of("gpt", "next_token", tokenizer).read(prompt)
 
 
 def with_tokenizer(loaded: LoadedModel, tokenizer: Tokenizer | None) -> LoadedModel:
@@ -88,22 +93,21 @@ def test_without_a_number_the_text_goes_as_far_as_positions_reach(loaded: Loaded
 
 
 def test_prompts_start_with_bos_where_there_is_one() -> None:
-    assert encode(WithBos(), "ab") == [255, 97, 98]
-    assert encode(WithBos(), "") == [255]
-    assert encode(ByteTokenizer(), "ab") == [97, 98]
-    assert encode(ByteTokenizer(), "") == [256]
+    assert read(WithBos(), "ab") == [255, 97, 98]
+    assert read(WithBos(), "") == [255]
+    assert read(ByteTokenizer(), "ab") == [97, 98]
+    assert read(ByteTokenizer(), "") == [256]
 
 
 def test_bos_ends_a_text_since_the_next_document_begins(loaded: LoadedModel) -> None:
     full = next(complete(with_tokenizer(loaded, Endless()), ["Hi"], Request(Sampling(0), 30)))
-    stream = TokenStream(loaded.model, [encode(ByteTokenizer(), "Hi")], Sampling(0), 30)
+    stream = TokenStream(Decoder(loaded.model, [read(ByteTokenizer(), "Hi")], 30), Sampling(0))
     assert [token for step in stream for _, token in step] == full.tokens
     tokenizer = WithBos()
     tokenizer.bos = full.tokens[8]
-    ended = TextStream(with_tokenizer(loaded, tokenizer), [encode(ByteTokenizer(), "Hi")], Request(Sampling(0), 30), [0])
-    for _ in ended:
-        pass
-    assert ended.rows[0].tokens == full.tokens[: full.tokens.index(tokenizer.bos)]
+    (ended,) = complete(with_tokenizer(loaded, tokenizer), [read(ByteTokenizer(), "Hi")], Request(Sampling(0), 30))
+    assert ended.finished
+    assert ended.tokens == full.tokens[: full.tokens.index(tokenizer.bos)]
 
 
 def test_package_is_callable_as_the_function_that_it_names(loaded: LoadedModel) -> None:

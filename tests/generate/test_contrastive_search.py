@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from teratron.checkpoint import LoadedModel
 from teratron.config import UserError
-from teratron.generate import ContrastiveSearch, ContrastiveStream, Request, Sampling, TokenStream, complete, generate
+from teratron.generate import ContrastiveSearch, ContrastiveStream, Decoder, Request, Sampling, TokenStream, complete, generate
 from teratron.models import Model, build_model, initialise
 
 PROMPTS = [[72, 105], [256], [84, 104, 101, 32, 99, 97, 116, 32, 115, 97, 116], [10, 20, 30]]
@@ -51,16 +51,16 @@ def searched(model: Model, prompt: list[int], count: int, k: int, alpha: float) 
 def test_a_batch_equals_the_definition_without_cache(model: Model, k: int, alpha: float) -> None:
     search = ContrastiveSearch(k, alpha)
     expected = [searched(model, prompt, NEW, k, alpha) for prompt in PROMPTS]
-    greedy = rows_of(TokenStream(model, PROMPTS, Sampling(temperature=0), NEW))
+    greedy = rows_of(TokenStream(Decoder(model, PROMPTS, NEW), Sampling(temperature=0)))
     assert all(row != likeliest for row, likeliest in zip(expected, greedy, strict=True)), "a search that changes nothing shows nothing"
-    assert rows_of(ContrastiveStream(model, PROMPTS, search, NEW)) == expected
-    assert [rows_of(ContrastiveStream(model, [prompt], search, NEW), 1)[0] for prompt in PROMPTS] == expected
+    assert rows_of(ContrastiveStream(Decoder(model, PROMPTS, NEW), search)) == expected
+    assert [rows_of(ContrastiveStream(Decoder(model, [prompt], NEW), search), 1)[0] for prompt in PROMPTS] == expected
 
 
 @pytest.mark.parametrize(("k", "alpha"), [(1, 0.6), (1, 1.0), (5, 0.0), (999, 0.0)])
 def test_one_candidate_or_no_penalty_is_greedy(model: Model, k: int, alpha: float) -> None:
-    greedy = rows_of(TokenStream(model, PROMPTS, Sampling(temperature=0), NEW))
-    assert rows_of(ContrastiveStream(model, PROMPTS, ContrastiveSearch(k, alpha), NEW)) == greedy
+    greedy = rows_of(TokenStream(Decoder(model, PROMPTS, NEW), Sampling(temperature=0)))
+    assert rows_of(ContrastiveStream(Decoder(model, PROMPTS, NEW), ContrastiveSearch(k, alpha))) == greedy
 
 
 def test_rows_that_end_leave_the_others_alone(model: Model) -> None:
@@ -68,12 +68,12 @@ def test_rows_that_end_leave_the_others_alone(model: Model) -> None:
     stop_ids = {full[0][6], full[2][2]}
     expected = [row[: next((n for n, token in enumerate(row) if token in stop_ids), NEW)] for row in full]
     assert len({len(row) for row in expected}) > 1, "rows should end at different steps"
-    assert rows_of(ContrastiveStream(model, PROMPTS, ContrastiveSearch(4), NEW, stop_ids)) == expected
+    assert rows_of(ContrastiveStream(Decoder(model, PROMPTS, NEW), ContrastiveSearch(4), stop_ids)) == expected
 
 
 def test_rows_reach_the_last_position(model: Model) -> None:
     prompts = [[1] * 60, [2, 3]]
-    rows = rows_of(ContrastiveStream(model, prompts, ContrastiveSearch(4)), 2)
+    rows = rows_of(ContrastiveStream(Decoder(model, prompts), ContrastiveSearch(4)), 2)
     assert [len(row) for row in rows] == [4, 62]
     assert rows[0] == searched(model, prompts[0], 4, 4, 0.6)
 
@@ -82,11 +82,11 @@ def test_a_cache_that_rolls_with_a_window(model: Model) -> None:
     narrow = build_model(replace(model.config, window=3), dtype=torch.float64)
     initialise(narrow, seed=1)
     expected = [searched(narrow, prompt, NEW, 4, 0.6) for prompt in PROMPTS]
-    assert rows_of(ContrastiveStream(narrow.eval(), PROMPTS, ContrastiveSearch(4), NEW)) == expected
+    assert rows_of(ContrastiveStream(Decoder(narrow.eval(), PROMPTS, NEW), ContrastiveSearch(4))) == expected
 
 
 def test_ids_above_vocab_are_no_candidates(model: Model) -> None:
-    assert max(rows_of(ContrastiveStream(model, [[1]], ContrastiveSearch(8), 40, vocab=10), 1)[0]) < 10
+    assert max(rows_of(ContrastiveStream(Decoder(model, [[1]], 40, vocab=10), ContrastiveSearch(8)), 1)[0]) < 10
 
 
 def test_text_is_that_of_the_tokens(loaded: LoadedModel) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from teratron.config import UserError
-from teratron.generate import Sampling, TokenStream
+from teratron.generate import Decoder, Sampling, TokenStream
 from teratron.generate.cache import KVCache
-from teratron.generate.engine import room_for
+from teratron.generate.decoder import room_for
 from teratron.generate.sampler import choose, uniform
 from teratron.models import Model
 from teratron.models.sight import Sight
@@ -67,8 +67,8 @@ def test_full_cache_refuses_more(model: Model) -> None:
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=7), Sampling(0.7, top_k=20, top_p=0.9, seed=3)], ids=str)
 def test_batch_of_different_lengths_equals_recomputation_alone(model: Model, sampling: Sampling) -> None:
     expected = [recomputed(model, prompt, 20, sampling) for prompt in PROMPTS]
-    assert rows_of(TokenStream(model, PROMPTS, sampling, 20), len(PROMPTS)) == expected
-    assert [rows_of(TokenStream(model, [prompt], sampling, 20), 1)[0] for prompt in PROMPTS] == expected
+    assert rows_of(TokenStream(Decoder(model, PROMPTS, 20), sampling), len(PROMPTS)) == expected
+    assert [rows_of(TokenStream(Decoder(model, [prompt], 20), sampling), 1)[0] for prompt in PROMPTS] == expected
     assert len({tuple(row) for row in expected}) == len(PROMPTS), "rows that all agree could hide a mix-up"
 
 
@@ -85,8 +85,8 @@ WINDOWS = {
 def test_windows_of_a_batch_equal_recomputation_alone(make_model: Callable[..., Model], name: str) -> None:
     model, prompts = make_model("llama", **WINDOWS[name]), [PROMPTS[0], PROMPTS[2] * 2]
     expected = [recomputed(model, prompt, 20) for prompt in prompts]
-    assert rows_of(TokenStream(model, prompts, GREEDY, 20), len(prompts)) == expected
-    assert rows_of(TokenStream(model, prompts[1:], GREEDY, 20), 1)[0] == expected[1]
+    assert rows_of(TokenStream(Decoder(model, prompts, 20), GREEDY), len(prompts)) == expected
+    assert rows_of(TokenStream(Decoder(model, prompts[1:], 20), GREEDY), 1)[0] == expected[1]
     assert expected[1] != recomputed(make_model("llama"), prompts[1], 20), "what a window hides should matter"
 
 
@@ -110,12 +110,12 @@ def test_rows_that_end_leave_the_others_alone(model: Model) -> None:
     stop_ids = {full[0][6], full[2][2]}
     expected = [row[: next((n for n, token in enumerate(row) if token in stop_ids), 20)] for row in full]
     assert len({len(row) for row in expected}) > 1, "rows should end at different steps"
-    assert rows_of(TokenStream(model, PROMPTS, GREEDY, 20, stop_ids), len(PROMPTS)) == expected
+    assert rows_of(TokenStream(Decoder(model, PROMPTS, 20), GREEDY, stop_ids), len(PROMPTS)) == expected
 
 
 def test_reader_stops_a_row(model: Model) -> None:
     full = [recomputed(model, prompt, 12) for prompt in PROMPTS]
-    stream = TokenStream(model, PROMPTS, GREEDY, 12)
+    stream = TokenStream(Decoder(model, PROMPTS, 12), GREEDY)
     rows: list[list[int]] = [[] for _ in PROMPTS]
     for number, step in enumerate(stream):
         for row, token in step:
@@ -127,7 +127,7 @@ def test_reader_stops_a_row(model: Model) -> None:
 
 def test_rows_reach_the_last_position_together_with_shorter_ones(model: Model) -> None:
     prompts = [[1] * 60, [2, 3]]
-    rows = rows_of(TokenStream(model, prompts, GREEDY), 2)
+    rows = rows_of(TokenStream(Decoder(model, prompts), GREEDY), 2)
     assert [len(row) for row in rows] == [4, 62], "without a number each row goes as far as its positions reach"
     assert rows == [recomputed(model, prompt, len(row)) for prompt, row in zip(prompts, rows, strict=True)]
 
@@ -144,19 +144,19 @@ def test_real_tokens_see_the_real_ones_before_and_no_position_sees_nothing() -> 
 
 def test_seed_of_a_row_gives_the_same_in_any_place(model: Model) -> None:
     seeds = [11, 12, 13]
-    together = rows_of(TokenStream(model, [PROMPTS[0]] * 3, Sampling(), 15, seeds=seeds), 3)
-    reverse = rows_of(TokenStream(model, [PROMPTS[0]] * 3, Sampling(), 15, seeds=seeds[::-1]), 3)
+    together = rows_of(TokenStream(Decoder(model, [PROMPTS[0]] * 3, 15), Sampling(), seeds=seeds), 3)
+    reverse = rows_of(TokenStream(Decoder(model, [PROMPTS[0]] * 3, 15), Sampling(), seeds=seeds[::-1]), 3)
     assert together == reverse[::-1]
     assert len({tuple(row) for row in together}) == 3
 
 
 def test_ids_above_vocab_are_never_chosen(model: Model) -> None:
-    assert max(rows_of(TokenStream(model, [[1]], Sampling(temperature=5), 40), 1)[0]) >= 10
-    assert max(rows_of(TokenStream(model, [[1]], Sampling(temperature=5), 40, vocab=10), 1)[0]) < 10
+    assert max(rows_of(TokenStream(Decoder(model, [[1]], 40), Sampling(temperature=5)), 1)[0]) >= 10
+    assert max(rows_of(TokenStream(Decoder(model, [[1]], 40, vocab=10), Sampling(temperature=5)), 1)[0]) < 10
 
 
 def test_no_prompts_give_nothing(model: Model) -> None:
-    assert list(TokenStream(model, [], GREEDY, 5)) == []
+    assert list(TokenStream(Decoder(model, [], 5), GREEDY)) == []
 
 
 @pytest.mark.parametrize(
@@ -168,12 +168,33 @@ def test_no_prompts_give_nothing(model: Model) -> None:
         (0, 5, "the prompt has no tokens"),
     ],
 )
-def test_lengths_that_do_not_fit_are_refused(model: Model, length: int, new: int, message: str) -> None:
+def test_lengths_that_do_not_fit_are_refused(make_model: Callable[..., Model], length: int, new: int, message: str) -> None:
+    config = make_model("gpt2").config
     with pytest.raises(UserError, match=message):
-        room_for([1] * length, model.config, new)
-    assert room_for([1] * 60, model.config, 4) == 4
+        room_for([1] * length, config, new)
+    assert room_for([1] * 60, config, 4) == 4
+
+
+BEYOND = {
+    "rope": {},
+    "rope, window": {"window": 5, "global_tokens": 1},
+    "alibi": {"position": "alibi"},
+    "relative": {"position": "relative"},
+    "sinusoidal": {"position": "sinusoidal"},
+    "none": {"position": "none"},
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_positions_that_are_computed_go_on_beyond_those_of_training(make_model: Callable[..., Model], name: str) -> None:
+    model, prompts = make_model("llama", positions=8, **BEYOND[name]), [PROMPTS[0], PROMPTS[2]]
+    expected = [recomputed(model, prompt, 20) for prompt in prompts]
+    assert rows_of(TokenStream(Decoder(model, prompts, 20), GREEDY), 2) == expected
+    assert room_for([1] * 6, model.config, None) == 2, "not unless it is asked for"
+    with pytest.raises(UserError, match="8 positions: shorten it to at most 7 tokens, or say with max_new_tokens how far to go"):
+        room_for([1] * 8, model.config, None)
 
 
 def test_foreign_ids_are_refused(model: Model) -> None:
     with pytest.raises(UserError, match="token 257, but the model's ids are 0 to 256"):
-        TokenStream(model, [[1], [3, 257]], GREEDY, 5)
+        Decoder(model, [[1], [3, 257]], 5)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from teratron.config import Config, UserError
 from teratron.data.special import SpecialTokens
-from teratron.generate import Sampling, TokenStream
+from teratron.generate import Decoder, Sampling, TokenStream
 from teratron.models import build_model, initialise
 from teratron.objectives import NextToken, total_loss
 
@@ -104,7 +104,7 @@ def test_generation_passes_the_heads_by() -> None:
         called: list[object] = []
         for block in getattr(model.head, "ahead", {}).values():
             block.register_forward_hook(lambda *seen, called=called: called.append(seen))
-        stream = TokenStream(model.eval(), [tokens], Sampling(temperature=0), 6)
+        stream = TokenStream(Decoder(model.eval(), [tokens], 6), Sampling(temperature=0))
         said.append([token for step in stream for _, token in step])
         assert called == []
     assert len(said[0]) == 6

@@ -9,7 +9,7 @@ import torch
 from cases import assert_layout_invisible, config_of, layout, single
 from pool import pool
 
-from teratron.generate import ContrastiveSearch, ContrastiveStream
+from teratron.generate import ContrastiveSearch, ContrastiveStream, Decoder
 from teratron.models import initialise
 from teratron.parallel.apply import cut_model, materialise
 from teratron.parallel.mesh import Mesh
@@ -61,7 +61,7 @@ def searched(rank: int, ranks: int) -> list[list[tuple[int, int]]]:
     model = cut_model(config_of({"model.seq_length": 24}).model, mesh, dtype=torch.float64)
     materialise(model, "cpu")
     initialise(model, 1)
-    return list(ContrastiveStream(model.eval(), [[1, 2, 3], [4]], ContrastiveSearch(4, 0.4)))
+    return list(ContrastiveStream(Decoder(model.eval(), [[1, 2, 3], [4]]), ContrastiveSearch(4, 0.4)))
 
 
 def test_tensor_ranks_search_alike() -> None:

@@ -11,7 +11,7 @@ from parity import assert_parity
 from tiny import assert_same_state, events, losses, state, tiny, write_text
 
 from teratron.checkpoint import open_model
-from teratron.generate import Sampling, TokenStream
+from teratron.generate import Decoder, Sampling, TokenStream
 from teratron.train import Trainer
 from teratron.train.engine import pad_sequences
 
@@ -85,7 +85,7 @@ def test_generation_with_a_cache_equals_full_passes(text: Path, tmp_path: Path, 
     run = train(text, tmp_path / "run", **STYLES[style] | {"model__capacity": 0.0}, model__init_std=0.5, train__steps=2)
     model = open_model(run, "cpu", torch.float64).model
     prompt = [3, 1, 4]
-    stream = TokenStream(model, [prompt, [2]], Sampling(temperature=0), max_new_tokens=4)
+    stream = TokenStream(Decoder(model, [prompt, [2]], 4), Sampling(temperature=0))
     found = [token for step in stream for row, token in step if row == 0]
     tokens = list(prompt)
     for _ in range(4):

@@ -30,6 +30,8 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     name: str
     """What was opened, for messages."""
+    objective: str | None = None
+    """What it has learnt, objective.name; None = unknown."""
 
 
 def open_model(
@@ -45,12 +47,14 @@ def open_model(
         weights = open_weights(path)
         model = _empty(weights.config, device, dtype or _native(weights.run), mesh)
         load_entries(model, weights.parts)
-        return LoadedModel(model, weights.config, weights.tokenizer, weights.name)
+        objective = weights.run and weights.run.objective.name
+        return LoadedModel(model, weights.config, weights.tokenizer, weights.name, objective)
     checkpoint = _same_checkpoint(path, mesh)
     run = checkpoint.config()
     model = _empty(run.model, device, dtype or _native(run), mesh)
     _fill(model, checkpoint)
-    return LoadedModel(model, run.model, tokenizer_in(checkpoint.folder / "tokenizer"), f"{path} (step {checkpoint.step:,})")
+    tokenizer, name = tokenizer_in(checkpoint.folder / "tokenizer"), f"{path} (step {checkpoint.step:,})"
+    return LoadedModel(model, run.model, tokenizer, name, run.objective.name)
 
 
 def _same_checkpoint(folder: Path, mesh: Mesh) -> Checkpoint:

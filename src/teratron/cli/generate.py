@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-key", type=text, default="prompt", metavar="KEY", help="field of a .jsonl record that holds it (default: prompt)"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write records of prompt, text, tokens and seed into this .jsonl file")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write records of prompt, text, tokens, seed ... into this .jsonl file")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens to add (default: 100, or fewer where positions end)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 = always the likeliest token (default: 1)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest tokens; 0 = all (default: 0)")
@@ -49,9 +49,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contrastive-alpha", type=float, metavar="A", help="how much it shuns what is like the text before, 0 to 1 (default: 0.6)"
     )
+    parser.add_argument("--beams", type=int, default=0, metavar="N", help="beam search with N beams, such as 4; 0 = none")
+    parser.add_argument(
+        "--length-penalty", type=float, metavar="A", help="of beam search: above 0 favours long texts, below 0 short ones (default: 1)"
+    )
+    parser.add_argument("--early-stopping", action="store_true", help="of beam search: done when as many texts as beams have ended")
+    parser.add_argument(
+        "--choice", action="append", type=text, default=[], metavar="TEXT", help="give one of these texts and nothing else; may be repeated"
+    )
+    parser.add_argument("--regex", type=text, metavar="R", help="give text that matches this regular expression as a whole")
+    parser.add_argument("--json-schema", type=Path, metavar="FILE", help="give JSON of the schema in this file")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (default: 0)")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="continuations of each prompt, seeds S, S+1, ... (default: 1)")
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="continuations made at the same time (default: 16)")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="continuations of each prompt: seeds S, S+1, ... or the best beams (default: 1)",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=16, metavar="N", help="continuations made at the same time, each beam counted (default: 16)"
+    )
     parser.add_argument(
         "--stop", action="append", type=text, default=[], metavar="TEXT", help="end a continuation before this text; may be repeated"
     )
@@ -63,7 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    _check_output(args.output)  # before the slow imports, as is a file of prompts
+    _check_output(args.output)  # before the slow imports, as are the files that are read
+    schema = None if args.json_schema is None else _text_of(args.json_schema, "--json-schema")
     code = run_workers(args)
     if code is not None:
         return code
@@ -73,15 +92,17 @@ def run(args: argparse.Namespace) -> int:
     leads = worker is None or worker.rank == 0
     prompts = list(_prompts(args)) if leads else []
     from teratron.generate import Request, open_source
-    from teratron.generate.contrastive import chosen_by
+    from teratron.generate.api import chosen_by, constraint_of
     from teratron.generate.ranks import joined
 
-    sampling = chosen_by(args.temperature, args.top_k, args.top_p, args.seed, args.contrastive_k, args.contrastive_alpha)
-    request = Request(sampling, args.max_new_tokens, tuple(args.stop), args.samples, args.batch)
+    drawn = args.temperature, args.top_k, args.top_p, args.seed
+    searched = args.contrastive_k, args.contrastive_alpha, args.beams, args.length_penalty, args.early_stopping
+    constraint = constraint_of(args.choice, args.regex, schema)
+    request = Request(chosen_by(*drawn, *searched), args.max_new_tokens, tuple(args.stop), args.samples, args.batch, constraint)
     with joined(worker, args.device) as (mesh, device), _silent(not leads):
         prompts = json.loads(mesh.all.gather_bytes(json.dumps(prompts).encode())[0])
         loaded = open_source(args.source, device, args.precision, args.tokenizer, mesh)
-        if len(prompts) == request.samples == 1 and not args.output and not args.no_stream:
+        if len(prompts) == request.samples == 1 and not (args.output or args.no_stream or args.beams):
             _stream(loaded, prompts[0], request)
         else:
             _complete(loaded, prompts, request, args.output if leads else None)
@@ -105,15 +126,20 @@ def _prompts(args: argparse.Namespace) -> Iterator[str]:
         return
     if args.prompt is not None:
         raise UserError(f"a prompt and --prompts {args.prompts} are both given: keep one")
-    try:
-        lines = args.prompts.read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {args.prompts}: cannot be read as UTF-8 text: {error}") from None
+    lines = _text_of(args.prompts, "--prompts").split("\n")
     if not any(map(str.strip, lines)):
         raise UserError(f"--prompts {args.prompts}: holds no prompt; write one a line")
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield _record(line, args.prompt_key, f"{args.prompts}:{number}") if args.prompts.suffix == ".jsonl" else line
+
+
+def _text_of(file: Path, option: str) -> str:
+    """Of the file that an option names."""
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{option} {file}: cannot be read as UTF-8 text: {error}") from None
 
 
 def _standard_input() -> str:
@@ -148,11 +174,10 @@ def _check_output(output: Path | None) -> None:
 
 def _stream(loaded: LoadedModel, prompt: str, request: Request) -> None:
     """Print a prompt, its continuation as it comes, and the speed."""
-    from teratron.generate import TextStream, encode
-    from teratron.generate.complete import tokenizer_of
+    from teratron.generate import Generator
 
-    start = time.perf_counter()
-    stream = TextStream(loaded, [encode(tokenizer_of(loaded), prompt)], request, [request.seed])
+    start, generator = time.perf_counter(), Generator(loaded, request)
+    stream = generator.stream(generator.read_all([prompt]), [request.seed])
     print(prompt, end=_between(loaded), flush=True)
     first = None
     for step in stream:
@@ -161,25 +186,32 @@ def _stream(loaded: LoadedModel, prompt: str, request: Request) -> None:
     print(flush=True)
     now, count = time.perf_counter(), len(stream.rows[0].tokens)
     speed = f", {(count - 1) / (now - first):,.0f} tokens/s after the first ({first - start:.2f} s)" if first and count > 1 else ""
-    _note(f"{count} tokens{speed}")
+    _note(f"{count} tokens{speed}{_unfinished(request, int(not stream.tokens.finished))}")
 
 
 def _complete(loaded: LoadedModel, prompts: list[str], request: Request, output: Path | None) -> None:
     """Print all continuations under headings, or write them as records; each batch as soon as it is there."""
     from teratron.generate import complete
 
-    start, tokens, total = time.perf_counter(), 0, len(prompts) * request.samples
+    start, tokens, cut, total = time.perf_counter(), 0, 0, len(prompts) * request.samples
     results = complete(loaded, prompts, request)
     with open(output, "w", encoding="utf-8") if output else contextlib.nullcontext(sys.stdout) as sink:
         for number, done in enumerate(results, 1):
-            tokens += len(done.tokens)
+            tokens, cut = tokens + len(done.tokens), cut + (not done.finished)
             print(_json(done) if output else _shown(done, number, total, _between(loaded)), file=sink, flush=True)
     seconds = time.perf_counter() - start
-    _note(f"{tokens:,} tokens in {total} continuations, {tokens / seconds:,.0f} tokens/s" + (f"; written to {output}" if output else ""))
+    written = f"; written to {output}" if output else ""
+    _note(f"{tokens:,} tokens in {total} continuations, {tokens / seconds:,.0f} tokens/s{written}{_unfinished(request, cut)}")
+
+
+def _unfinished(request: Request, count: int) -> str:
+    """That texts were cut before they were what they had to be."""
+    return f"; {count} cut before the constraint was met: raise --max-new-tokens" if count and request.constraint else ""
 
 
 def _json(done: Completion) -> str:
-    return json.dumps({"prompt": done.prompt, "text": done.text, "tokens": done.tokens, "seed": done.seed}, ensure_ascii=False)
+    record = {"prompt": done.prompt, "text": done.text, "tokens": done.tokens, "seed": done.seed, "finished": done.finished}
+    return json.dumps(record | ({} if done.score is None else {"score": done.score}), ensure_ascii=False)
 
 
 def _between(loaded: LoadedModel) -> str:

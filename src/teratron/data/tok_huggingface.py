@@ -82,7 +82,7 @@ class HuggingFaceTokenizer:
         if not spelled:
             raise UserError(f"the tokens of this {self.kind} tokenizer stand for different text in different places: use a byte-level BPE")
         added = {token["id"]: None if token["special"] else token["content"].encode() for token in self._definition["added_tokens"]}
-        alphabet = {character: number for number, character in enumerate(_alphabet())}
+        alphabet = {character: number for number, character in enumerate(byte_alphabet())}
         found: list[bytes | None] = []
         for number in range(self.vocab_size):
             piece = self._engine.id_to_token(number)
@@ -107,7 +107,7 @@ class HuggingFaceTokenizer:
         return _restore, (self._engine.to_str(), eod)
 
 
-def _alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """The character that stands for each byte in byte-level BPE: itself where it is printed, else one from U+0100 on."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))

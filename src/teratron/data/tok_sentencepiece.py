@@ -49,6 +49,10 @@ class SentencePieceTokenizer:
     def pieces(self) -> list[str]:
         return [self._engine.id_to_piece(number).replace("\u2581", " ") for number in range(self.vocab_size)]
 
+    def scores(self) -> list[float]:
+        """The score of each id's piece, by which the model chooses."""
+        return [float(self._engine.get_score(number)) for number in range(self.vocab_size)]
+
     def token_bytes(self) -> list[bytes | None]:
         engine = self._engine
         special = [engine.is_control(number) or engine.is_unknown(number) for number in range(self.vocab_size)]

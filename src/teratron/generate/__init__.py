@@ -1,25 +1,37 @@
-"""Generation: key-value cache, sampler, engine, and text as it comes."""
+"""Generation: key-value cache, samplers and searches, guides, and text as it comes."""
 
 from __future__ import annotations
 
 import sys
 from types import ModuleType
 
-from teratron.generate.complete import Completion, Request, TextStream, complete, encode, generate, open_source
+from teratron.generate.answers import AnswerDecoder
+from teratron.generate.api import generate, open_source
+from teratron.generate.beam import BeamSearch
+from teratron.generate.complete import Completion, Generator, Request, TextStream, complete
 from teratron.generate.contrastive import ContrastiveSearch, ContrastiveStream
+from teratron.generate.decoder import Decoder
 from teratron.generate.engine import TokenStream
+from teratron.generate.grammar import JsonSchema, Regex
+from teratron.generate.guides import Choices
 from teratron.generate.sampler import Sampling
 
 __all__ = [
+    "AnswerDecoder",
+    "BeamSearch",
+    "Choices",
     "Completion",
     "ContrastiveSearch",
     "ContrastiveStream",
+    "Decoder",
+    "Generator",
+    "JsonSchema",
+    "Regex",
     "Request",
     "Sampling",
     "TextStream",
     "TokenStream",
     "complete",
-    "encode",
     "generate",
     "open_source",
 ]

@@ -3,70 +3,52 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from teratron.config import UserError
-from teratron.data.special import find_role
-from teratron.data.tokenizer import Tokenizer
 from teratron.generate.cache import KVCache
-from teratron.generate.engine import TokenStream
-from teratron.generate.sampler import Sampling
+from teratron.generate.decoder import Decoder
 from teratron.models import EncoderDecoder
-from teratron.objectives.rewriting import END, START
 
 
-class AnswerStream(TokenStream):
-    """A `TokenStream` of what the decoder writes; the memory's keys and values are made anew for every token."""
+class AnswerDecoder(Decoder):
+    """A `Decoder` of what is written about the prompts; the memory's keys and values are computed once, with the first token."""
 
     def __init__(
         self,
         model: EncoderDecoder,
         prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
         start: int,
         max_new_tokens: int | None = None,
-        stop_ids: Collection[int] = (),
-        seeds: Sequence[int] | None = None,
         vocab: int | None = None,
     ) -> None:
-        """start: the token that the decoder begins with; otherwise as of `TokenStream`."""
-        super().__init__(model, prompts, sampling, max_new_tokens, stop_ids, seeds, vocab)
+        """start: the token that the decoder begins with; otherwise as of `Decoder`."""
+        super().__init__(model, prompts, max_new_tokens, vocab)
         self.start = start
         self.reader, self.writer = model.halves()
 
     @torch.inference_mode()
-    def _prefill(self) -> Tensor:
-        device, rows = next(self.model.parameters()).device, len(self.prompts)
+    def prefill(self) -> Tensor:
+        """Read all prompts; hidden states [B, 1, H] of the token that the decoder begins with."""
+        rows = len(self.prompts)
         columns = list(itertools.zip_longest(*self.prompts))
-        tokens = torch.tensor([[token or 0 for token in column] for column in columns], device=device).t()
-        real = torch.tensor([[token is not None for token in column] for column in columns], device=device).t()
-        places = torch.arange(len(columns), device=device).expand(rows, -1)
-        self._places = torch.full((rows, 1), -1, device=device)
+        tokens = torch.tensor([[token or 0 for token in column] for column in columns], device=self.device).t()
+        real = torch.tensor([[token is not None for token in column] for column in columns], device=self.device).t()
+        places = torch.arange(len(columns), device=self.device).expand(rows, -1)
+        self._places = torch.full((rows, 1), -1, device=self.device)
         self._read = {"encoder_positions": places, "encoder_segments": real.long() - 1}
         state = self.reader({"encoder_tokens": tokens, "positions": self._places, **self._read})
         self._read["hidden"] = state["hidden"]
         self._cache = KVCache(max(self.limits))
-        return self._feed(torch.full((rows,), self.start, device=device))
+        return self.feed(torch.full((rows,), self.start, device=self.device))
 
     @torch.inference_mode()
-    def _keep(self, rows: Tensor) -> None:
-        super()._keep(rows)
+    def keep(self, rows: Tensor) -> None:
+        super().keep(rows)
         self._read = {name: tensor[rows] for name, tensor in self._read.items()}
 
-    def _forward(self, tokens: Tensor, padded: bool = True) -> Tensor:
+    def _forward(self, tokens: Tensor, padded: bool = True, prefix: bool = False) -> Tensor:
         state = {"tokens": tokens, "positions": self._places, "order": self._places}
         return self.writer(state | self._read, cache=self._cache)["hidden"]
-
-
-def frame_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The token that a decoder begins with, and the one that ends what is read and what is written."""
-    start, end = (find_role(tokenizer, role) for role in (START, END))
-    if start is None or end is None:
-        raise UserError(
-            f"this {tokenizer.kind} tokenizer has no {'padding token, with which a decoder begins' if start is None else 'end of a text'}: "
-            "give the one that the model was trained with (--tokenizer FILE)"
-        )
-    return start, end

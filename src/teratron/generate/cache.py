@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,8 @@ class KVCache:
         self.capacity = capacity
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         """[B, K, room, D] each."""
+        self.memories: dict[int, tuple[Tensor, Tensor]] = {}
+        """Of an encoder's memory, [B, K, T, D] each."""
         self._columns: dict[Pattern, _Columns] = {}
 
     def append(self, layer: int, k_BKSD: Tensor, v_BKSD: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Sight]:
@@ -30,12 +33,19 @@ class KVCache:
         keys, values = (columns.add(*pair) for pair in zip(self.layers[layer], (k_BKSD, v_BKSD), strict=True))
         return keys, values, columns.sight
 
+    def memory(self, layer: int, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder's memory, which never change: made once a layer."""
+        if layer not in self.memories:
+            self.memories[layer] = make()
+        return self.memories[layer]
+
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch only (int64 [B'], ascending), freeing the others' memory layer by layer."""
+        """Go on with these rows of the batch (int64 [B'], each any number of times), freeing the others' memory layer by layer."""
         for columns in self._columns.values():
             columns.places = columns.places[rows]
-        for layer, (keys, values) in self.layers.items():
-            self.layers[layer] = keys[rows], values[rows]
+        for held in (self.layers, self.memories):
+            for layer, (keys, values) in held.items():
+                held[layer] = keys[rows], values[rows]
 
 
 class _Columns:

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teratron.config import UserError
+from teratron.generate.decoder import Decoder
 from teratron.generate.engine import TokenStream
+from teratron.generate.guides import Guide
 from teratron.generate.sampler import Sampling, finite_peaks, top_columns
-from teratron.models import GPT
 from teratron.models.leaves import accurate
 
 
@@ -43,25 +44,20 @@ class ContrastiveStream(TokenStream):
     """
 
     def __init__(
-        self,
-        model: GPT,
-        prompts: Sequence[Sequence[int]],
-        search: ContrastiveSearch,
-        max_new_tokens: int | None = None,
-        stop_ids: Collection[int] = (),
-        vocab: int | None = None,
+        self, decoder: Decoder, search: ContrastiveSearch, stop_ids: Collection[int] = (), guides: Sequence[Guide] | None = None
     ) -> None:
         """Arguments as of `TokenStream`."""
-        super().__init__(model, prompts, Sampling(temperature=0), max_new_tokens, stop_ids, vocab=vocab)
-        self.candidates, self.alpha = min(search.k, self.vocab), search.alpha
+        super().__init__(decoder, Sampling(temperature=0), stop_ids, guides=guides)
+        self.candidates, self.alpha = min(search.k, decoder.vocab), search.alpha
 
     @torch.inference_mode()
     def _prefill(self) -> Tensor:
         hidden_BSH = super()._prefill()
         rows, width, features = hidden_BSH.shape
-        lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=hidden_BSH.device)
-        self._seen = torch.arange(width + max(self.limits), device=hidden_BSH.device) >= width - lengths[:, None]
-        self._units = hidden_BSH.new_empty(rows, self._seen.shape[1], features, dtype=accurate(hidden_BSH.dtype))
+        lengths = torch.tensor([len(prompt) for prompt in self.decoder.prompts], device=hidden_BSH.device)
+        columns = torch.arange(width + max(self.decoder.limits), device=hidden_BSH.device)
+        self._seen = columns >= width - lengths[:, None]
+        self._units = hidden_BSH.new_empty(rows, len(columns), features, dtype=accurate(hidden_BSH.dtype))
         self._used = 0
         self._remember(hidden_BSH)
         return hidden_BSH
@@ -71,12 +67,13 @@ class ContrastiveStream(TokenStream):
         """The chosen token has been through the model already when this returns."""
         likely_BV = (logits_BV.double() - finite_peaks(logits_BV)).softmax(-1)
         ids_BC = top_columns(logits_BV, self.candidates)
+        likely_BC = likely_BV.gather(-1, ids_BC)
         rows_B = torch.arange(len(ids_BC), device=ids_BC.device)
-        super()._keep(rows_B.repeat_interleave(self.candidates))
-        hidden_BCH = super()._feed(ids_BC.flatten()).view(*ids_BC.shape, -1)
-        scores_BC = (1 - self.alpha) * likely_BV.gather(-1, ids_BC) - self.alpha * self._likeness(hidden_BCH)
-        best_B = scores_BC.argmax(-1)
-        super()._keep(rows_B * self.candidates + best_B)
+        self.decoder.keep(rows_B.repeat_interleave(self.candidates))
+        hidden_BCH = self.decoder.feed(ids_BC.flatten()).view(*ids_BC.shape, -1)
+        scores_BC = (1 - self.alpha) * likely_BC - self.alpha * self._likeness(hidden_BCH)
+        best_B = scores_BC.masked_fill(likely_BC == 0, -torch.inf).argmax(-1)  # what a guide does not allow
+        self.decoder.keep(rows_B * self.candidates + best_B)
         self._ahead = hidden_BCH[rows_B, best_B][:, None]
         self._remember(self._ahead)
         return ids_BC[rows_B, best_B]
@@ -96,7 +93,6 @@ class ContrastiveStream(TokenStream):
         super()._keep(rows)
         self._ahead, self._units, self._seen = self._ahead[rows], self._units[rows], self._seen[rows]
 
-    @torch.inference_mode()
     def _feed(self, tokens_B: Tensor) -> Tensor:
         return self._ahead
 
@@ -104,18 +100,3 @@ class ContrastiveStream(TokenStream):
 def unit(hidden: Tensor) -> Tensor:
     """Hidden states of length 1, in float32 for half types."""
     return F.normalize(hidden.to(accurate(hidden.dtype)), dim=-1)
-
-
-def chosen_by(
-    temperature: float, top_k: int, top_p: float, seed: int, contrastive_k: int, contrastive_alpha: float | None
-) -> Sampling | ContrastiveSearch:
-    """What the options ask for. Raises `UserError` for those that contradict each other."""
-    if not contrastive_k:
-        if contrastive_alpha is not None:
-            raise UserError(f"contrastive_alpha = {contrastive_alpha} needs contrastive_k: give that, too, such as 4")
-        return Sampling(temperature, top_k, top_p, seed)
-    drawn = {"temperature": (temperature, 1.0), "top_k": (top_k, 0), "top_p": (top_p, 1.0)}
-    for name, (value, default) in drawn.items():
-        if value != default:
-            raise UserError(f"{name} = {value} with contrastive_k = {contrastive_k}, which draws nothing at random: leave one of them out")
-    return ContrastiveSearch(contrastive_k) if contrastive_alpha is None else ContrastiveSearch(contrastive_k, contrastive_alpha)

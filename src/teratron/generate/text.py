@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -42,6 +43,12 @@ class TextDecoder:
         self._start, self._try_at, self._known = len(self._window), 0, self._decode(self._window)
         return piece
 
+    def fork(self) -> TextDecoder:
+        """Another that goes on from here."""
+        other = copy.copy(self)
+        other._window = list(self._window)
+        return other
+
     def flush(self) -> str:
         """The text still held back; a character that stays unfinished is U+FFFD."""
         return self._decode(self._window)[len(self._known) :]
@@ -65,6 +72,12 @@ class Continuation:
         """Add a token; return the text that is now certain."""
         self.tokens.append(token)
         return self._release(self._decoder.push(token), last=False)
+
+    def fork(self) -> Continuation:
+        """Another that goes on from here."""
+        other = copy.copy(self)
+        other.tokens, other._decoder = list(self.tokens), self._decoder.fork()
+        return other
 
     def finish(self) -> str:
         """Return the text still held back: no more tokens come."""

@@ -97,9 +97,9 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of the decoder to the encoder's memory."""
 
-    def __init__(self, config: ModelConfig, site: str) -> None:
+    def __init__(self, config: ModelConfig, layer: int, site: str) -> None:
         super().__init__()
-        self.head_features = config.head_features
+        self.layer, self.head_features = layer, config.head_features
         queries, pairs = config.heads * config.head_features, config.key_value_heads * config.head_features
         self.q = Linear(config.hidden, queries, config.bias, config.query_std, granule=config.head_features)
         self.kv = Linear(config.hidden, {"k": pairs, "v": pairs}, config.bias, config.matrix_std, granule=config.head_features)
@@ -109,9 +109,14 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BSH: Tensor, memory_BTH: Tensor, shared: Shared) -> Tensor:
         q = heads_of(self.q(x_BSH), self.head_features) * self.query_factor
-        k, v = (heads_of(part, self.head_features) for part in self.kv(memory_BTH).split(list(self.kv.widths.values()), dim=-1))
-        mixed_BNSD = self.core(q, k, v, shared.memory_sight, shared.keys)
+        pair = self._pair(memory_BTH) if shared.cache is None else shared.cache.memory(self.layer, lambda: self._pair(memory_BTH))
+        mixed_BNSD = self.core(q, *pair, shared.memory_sight, shared.keys)
         return self.output(mixed_BNSD.transpose(1, 2).flatten(2))
+
+    def _pair(self, memory_BTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the memory, [B, K, T, D] each."""
+        k, v = self.kv(memory_BTH).split(list(self.kv.widths.values()), dim=-1)
+        return heads_of(k, self.head_features), heads_of(v, self.head_features)
 
 
 class Block(nn.Module):
@@ -126,7 +131,7 @@ class Block(nn.Module):
         self.norm_place, self.order, self.cross, self.site = config.norm_place, config.block, cross, site
         self._put("attention", (LatentAttention if config.latent else Attention)(config, layer, f"{site}.attention"), config)
         if cross:
-            self._put("cross_attention", CrossAttention(config, f"{site}.cross_attention"), config)
+            self._put("cross_attention", CrossAttention(config, layer, f"{site}.cross_attention"), config)
         self._put("ffn", MoE(config) if config.routed(layer) else FeedForward(config, config.ffn_width, config.bias), config)
 
     def _put(self, name: str, layer: nn.Module, config: ModelConfig) -> None:

@@ -5,7 +5,7 @@ Shape letters: see `leaves.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -37,6 +37,9 @@ class Cache(Protocol):
 
     def append(self, layer: int, k_BKSD: Tensor, v_BKSD: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Sight]:
         """Add the new tokens' keys and values of a layer; return those that they may see, [B, K, T, D], and which of them they do."""
+
+    def memory(self, layer: int, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder's memory for a layer, [B, K, T, D] each, which `make` computes where they are not known."""
 
 
 @dataclass(frozen=True)
