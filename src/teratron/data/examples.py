@@ -41,6 +41,14 @@ def packed(examples: Sequence[Example]) -> dict[str, np.ndarray]:
     return arrays
 
 
+def side_by_side(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """The fields of one example whose segments 0, 1, ... are those of several: they do not see each other, and positions begin anew."""
+    fields = {name: np.concatenate([example[name] for example in examples]) for name in examples[0]}
+    sizes = [len(example["tokens"]) for example in examples]
+    positions = np.concatenate([np.arange(size) for size in sizes])
+    return fields | {"positions": positions, "segments": np.repeat(np.arange(len(sizes)), sizes)}
+
+
 def longest(examples: Iterable[Example]) -> int:
     """Tokens of the longest one, of its longest stream."""
     return max(len(values) for example in examples for values in example.values())

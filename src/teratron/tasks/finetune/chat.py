@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from teratron.config import Config, UserError
-from teratron.data.examples import Example
+from teratron.data.examples import Example, side_by_side
 from teratron.models import Model
 from teratron.tasks.finetune.coder import Coder
 from teratron.tasks.finetune.conversations import conversations
@@ -69,7 +69,7 @@ class Chat(Task):
             turns = writer.turns(row["messages"])
             kept = fitted(turns, coder.length + 1 - len(writer.begin))  # the last token of all is a target only
             shortened += sum(turn.size for turn in kept) < sum(turn.size for turn in turns)
-            examples.append(_example(writer.begin, kept))
+            examples.append(conversation(writer.begin, kept))
         self._notes = [f"{shortened:,} conversations too long: they lost their oldest turns, or the end of one"] if shortened else []
         return examples
 
@@ -143,10 +143,11 @@ def _ids(turn: Turn) -> np.ndarray:
     return np.concatenate([turn.before, turn.content, turn.after])
 
 
-def _example(begin: np.ndarray, turns: Sequence[Turn]) -> dict[str, np.ndarray]:
-    """Each token predicts the next one; those that the assistant says count."""
+def conversation(begin: np.ndarray, turns: Sequence[Turn], first: int = 0) -> Example:
+    """An example in which each token predicts the next one; those that the assistant says count, from turn number `first`."""
     ids = np.concatenate([begin, *map(_ids, turns)]).astype(np.int64)
-    learned = [np.arange(turn.size) >= (len(turn.before) if turn.role == "assistant" else turn.size) for turn in turns]
+    said = [turn.role == "assistant" and number >= first for number, turn in enumerate(turns)]
+    learned = [np.arange(turn.size) >= (len(turn.before) if counts else turn.size) for turn, counts in zip(turns, said, strict=True)]
     weights = np.concatenate([np.zeros(len(begin), bool), *learned]).astype(float)
     return {"tokens": ids[:-1], "targets": ids[1:], "weights": weights[1:]}
 
@@ -159,11 +160,3 @@ def packed(examples: Sequence[Example], room: int) -> list[Example]:
             packs.append([])
         packs[-1].append(example)
     return [side_by_side(pack) for pack in packs]
-
-
-def side_by_side(examples: Sequence[Mapping[str, Any]]) -> Example:
-    """Several sequences as the segments 0, 1, ... of one example, which do not see each other."""
-    fields = {name: np.concatenate([example[name] for example in examples]) for name in examples[0]}
-    sizes = [len(example["tokens"]) for example in examples]
-    positions = np.concatenate([np.arange(size) for size in sizes])
-    return fields | {"positions": positions, "segments": np.repeat(np.arange(len(sizes)), sizes)}

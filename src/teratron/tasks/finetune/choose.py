@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from teratron.config import Config, UserError
-from teratron.data.examples import Example
+from teratron.data.examples import Example, side_by_side
 from teratron.models import Model
 from teratron.objectives.compared import pointed
 from teratron.tasks.finetune.coder import Coder, Framed
@@ -72,10 +72,7 @@ class Choose(Task):
     @staticmethod
     def _example(row: Row, segments: Sequence[Framed], coder: Coder) -> Example:
         lengths = [len(segment.tokens) for segment in segments]
-        streams = [coder.fields(segment) for segment in segments]
-        fields = {name: np.concatenate([stream[name] for stream in streams]) for name in streams[0]}
-        fields["positions"] = np.concatenate([np.arange(length) for length in lengths])
-        fields["segments"] = np.repeat(np.arange(len(segments)), lengths)
+        fields = side_by_side([coder.fields(segment) for segment in segments])
         marks = np.cumsum([0, *lengths[:-1]]) + [segment.mark for segment in segments]
         fields["candidates"] = np.isin(np.arange(sum(lengths)), marks).astype(np.int64)
         return fields | {"first_weights": (np.arange(sum(lengths)) == marks[row["answer"]]).astype(float)}

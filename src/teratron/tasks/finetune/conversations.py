@@ -20,7 +20,7 @@ Messages = list[dict[str, str]]
 def conversations(row: Row, name: str) -> list[Messages]:
     """Those of a row, each of which ends with what the assistant says. Raises `UserError` that names the row."""
     if row.get("messages") is not None:
-        return [_messages(row["messages"], name)]
+        return [messages_of(row["messages"], name)]
     if row.get("instruction") is None:
         raise UserError(
             f"{name}: has neither messages nor an instruction: expected 'messages' [{{role, content}}], 'conversations' [{{from, value}}], "
@@ -40,7 +40,8 @@ def _answered(instruction: Any, instance: Row, name: str) -> Messages:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
 
 
-def _messages(found: Any, name: str) -> Messages:
+def messages_of(found: Any, name: str) -> Messages:
+    """A list of messages up to the last one of the assistant, in roles of ours. Raises `UserError` that names the row."""
     if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
         raise UserError(f"{name}: messages are {str(found)[:60]!r}, expected a list of objects with role and content")
     messages = [_message(message, name) for message in found]

@@ -12,13 +12,12 @@ import numpy as np
 
 from teratron.checkpoint import newest_checkpoint, open_checkpoint, saved_state
 from teratron.checkpoint.exchange import open_weights
-from teratron.checkpoint.source import load_entries
 from teratron.config import Config, UserError
-from teratron.models import Model, build_model
+from teratron.models import Model
 from teratron.tasks.finetune.coder import Coder
 from teratron.tasks.finetune.prepare import load_task, run_tokenizer
 from teratron.tasks.finetune.rows import Row
-from teratron.tasks.finetune.task import Scored
+from teratron.tasks.finetune.task import Scored, whole_model
 from teratron.tasks.metrics import Estimate, estimate
 
 
@@ -67,10 +66,7 @@ def best_model(run: Path) -> tuple[Model, Config, int]:
     best = saved_state(newest).best[1:]
     if best and best[0] != newest.step:
         newest = open_checkpoint(run / "checkpoints" / f"step-{int(best[0]):08d}")
-    source = open_weights(newest.folder)
-    model = build_model(source.config)
-    load_entries(model, source.parts)
-    return model.eval().requires_grad_(False), newest.config(), newest.step
+    return whole_model(open_weights(newest.folder)), newest.config(), newest.step
 
 
 def write_judgement(path: Path, judgement: Judgement) -> None:

@@ -91,7 +91,7 @@ def prepare(job: Job, run: Path, say: Say) -> Prepared:
         notes = "; ".join([*tables[name].notes, *task.notes()])
         say(f"{name}: {tables[name].name}: {len(tables[name].rows):,} rows, {len(examples[name]):,} examples; {notes}")
     config = _config(job, task, source, examples, run)
-    examples = {name: task.referred(found, None if job.scratch else source, config) for name, found in examples.items()}
+    examples = task.referred(examples, None if job.scratch else source, config)
     folder = run / EXAMPLES
     folder.mkdir(parents=True, exist_ok=True)
     for name, found in examples.items():

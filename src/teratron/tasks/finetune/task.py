@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teratron.checkpoint.source import Weights
+from teratron.checkpoint.source import Weights, load_entries
 from teratron.config import Config, UserError
 from teratron.data.examples import Example, Examples
 from teratron.data.special import SpecialTokens
-from teratron.models import Model
+from teratron.models import Model, build_model
 from teratron.objectives import Batch, build_objective
 from teratron.tasks.finetune.coder import Coder
 from teratron.tasks.finetune.rows import Row, Table
@@ -102,8 +102,8 @@ class Task:
         """What is learnt, at least one example for each row unless rows are packed."""
         raise NotImplementedError
 
-    def referred(self, examples: list[Example], source: Weights | None, config: Config) -> list[Example]:
-        """Examples with what the model says of them that is begun with; source None = there is none, weights are drawn."""
+    def referred(self, examples: dict[str, list[Example]], source: Weights | None, config: Config) -> dict[str, list[Example]]:
+        """Train's and valid's examples with what the model says of them that is begun with; source None = weights are drawn."""
         return examples
 
     def notes(self) -> list[str]:
@@ -121,6 +121,13 @@ class Task:
     def baseline(self, rows: Sequence[Row]) -> Sequence[Any]:
         """What somebody would predict who has not read the rows: the commonest class, a copy ..."""
         raise NotImplementedError
+
+
+def whole_model(source: Weights) -> Model:
+    """A model with its weights, to be used and not to learn."""
+    model = build_model(source.config)
+    load_entries(model, source.parts)
+    return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ def _llama3(role: str) -> str:
 
 ROLES = ("system", "user", "assistant")
 TEMPLATES: dict[str, Template] = {
+    "text": Template({"user": "", "assistant": ""}, {"user": "", "assistant": END}, within="{system} {user}"),
     "plain": Template(
         {"system": "", "user": "User: ", "assistant": "Assistant:"}, {"system": "\n", "user": "\n", "assistant": END}, telling=""
     ),
@@ -98,8 +99,9 @@ class Writer:
         """Messages of role and content, as token ids. Text is only text: a mark that is spelled out in a content is no mark."""
         said = [(message["role"], message["content"]) for message in messages]
         if self.template.within and said[0][0] == "system":
-            first = self.template.within.replace("{system}", said[0][1]).replace("{user}", said[1][1] if len(said) > 1 else "")
-            said = [("user", first), *said[2:]]
+            asked = said[1][1] if len(said) > 1 and said[1][0] == "user" else ""
+            first = self.template.within.replace("{system}", said[0][1]).replace("{user}", asked)
+            said = [("user", first), *said[1 + bool(asked) :]]
         contents = self.tokenizer.encode_batch([self._spaced(role, content) for role, content in said])
         return [Turn(role, self.before(role), np.array(ids, np.int64), self._marks(self.template.after[role]))
                 for (role, _), ids in zip(said, contents, strict=True)]  # fmt: skip
