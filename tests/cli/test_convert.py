@@ -137,7 +137,7 @@ def test_a_file_is_replaced_only_when_asked_to(saved: Path, tmp_path: Path, caps
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("out.bin", "ends with .safetensors"), ("none/out.safetensors", "a folder that exists"), ("run.safetensors", "expected a file")],
+    [("out.txt", "add --to weights"), ("none/out.safetensors", "a folder that exists"), ("run.safetensors", "expected a file")],
 )
 def test_places_that_cannot_be_written_are_refused(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str

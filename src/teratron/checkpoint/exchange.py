@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from teratron.checkpoint.huggingface import is_huggingface, open_huggingface
+from teratron.checkpoint.llama2c import open_llama2c
 from teratron.checkpoint.manifest import StoredTensor, whole
 from teratron.checkpoint.megatron import is_megatron, open_megatron
 from teratron.checkpoint.reader import Checkpoint, find_checkpoint
@@ -17,21 +14,20 @@ from teratron.checkpoint.stream import Entry
 from teratron.checkpoint.tensors import TensorFiles
 from teratron.checkpoint.weights_file import open_weights_file
 from teratron.config import UserError
-from teratron.models import parts_of
-from teratron.models.parts import check_parts
 
 __all__ = ["Weights", "open_weights"]
 _WEIGHT = "weight/"
 
 
 def open_weights(source: Path) -> Weights:
-    """The weights of a run (its newest good checkpoint), a checkpoint, a file of `teratron convert` or a Hugging Face folder.
+    """The weights of a run (its newest good checkpoint), a checkpoint, a file of `teratron convert`, a Hugging Face folder, a file of
+    llama2.c, or a folder of Megatron-LM.
 
     Only what describes them is read; the numbers when they are asked for. Raises `UserError` for anything else, and for weights
     that are damaged or of a model that cannot be expressed here.
     """
     if source.is_file():
-        return open_weights_file(source)
+        return open_llama2c(source) if source.suffix == ".bin" else open_weights_file(source)
     if is_huggingface(source):
         return open_huggingface(source)
     if is_megatron(source):
@@ -42,18 +38,6 @@ def open_weights(source: Path) -> Weights:
 def is_foreign(source: Path) -> bool:
     """Whether something is neither run nor checkpoint: a file, or a folder of another system."""
     return source.is_file() or is_huggingface(source) or is_megatron(source)
-
-
-def load_entries(model: nn.Module, entries: Iterable[Entry]) -> None:
-    """Copy parts into a model, or each rank's pieces of them, one after the other."""
-    by_name = {entry.name: entry for entry in entries}
-    parts, parameters = parts_of(model), dict(model.named_parameters())
-    check_parts(parts, {name: tuple(entry.shape) for name, entry in by_name.items()})
-    with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.zero_()  # padding of the vocabulary stays zero
-        for part in parts:
-            part.of(parameters[part.parameter]).copy_(by_name[part.name].values()[part.box()])
 
 
 def _of_checkpoint(checkpoint: Checkpoint) -> Weights:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from teratron.checkpoint.agree import agree
-from teratron.checkpoint.exchange import is_foreign, load_entries, open_weights
+from teratron.checkpoint.exchange import is_foreign, open_weights
 from teratron.checkpoint.reader import Checkpoint, find_checkpoint, open_checkpoint
-from teratron.checkpoint.source import tokenizer_in
+from teratron.checkpoint.source import load_entries, tokenizer_in
 from teratron.checkpoint.tensors import fill_pieces
 from teratron.config import Config, ModelConfig, UserError
 from teratron.data.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def open_model(
         weights = open_weights(path)
         model = _empty(weights.config, device, dtype or _native(weights.run), mesh)
         load_entries(model, weights.parts)
-        objective = weights.run and weights.run.objective.name
+        objective = weights.run.objective.name if weights.run is not None else None
         return LoadedModel(model, weights.config, weights.tokenizer, weights.name, objective)
     checkpoint = _same_checkpoint(path, mesh)
     run = checkpoint.config()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from teratron.checkpoint.stream import Entry
 from teratron.config import Config, ModelConfig, UserError
 from teratron.config.sections import ObjectiveConfig
 from teratron.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from teratron.models import parts_of
+from teratron.models.parts import check_parts
 
 USUAL_OBJECTIVE = {"gpt": "next_token", "encoder": "masked", "encoder_decoder": "denoising", "xlnet": "permuted"}
 
@@ -46,7 +49,7 @@ def _cast(entry: Entry, dtype: torch.dtype) -> Entry:
     def values() -> Tensor:
         found = entry.values()
         _check_range(entry.name, found, dtype)
-        return found
+        return found.to(dtype)
 
     return entry._replace(dtype=dtype, values=values)
 
@@ -60,6 +63,18 @@ def _check_range(name: str, values: Tensor, dtype: torch.dtype) -> None:
     if limit < largest < float("inf"):
         kind = str(dtype).removeprefix("torch.")
         raise UserError(f"{name} holds {largest:.4g}, more than the {limit:.4g} of {kind}: choose bf16, or leave --dtype out")
+
+
+def load_entries(model: nn.Module, entries: Iterable[Entry]) -> None:
+    """Copy parts into a model, or each rank's pieces of them, one after the other."""
+    by_name = {entry.name: entry for entry in entries}
+    parts, parameters = parts_of(model), dict(model.named_parameters())
+    check_parts(parts, {name: tuple(entry.shape) for name, entry in by_name.items()})
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.zero_()  # padding of the vocabulary stays zero
+        for part in parts:
+            part.of(parameters[part.parameter]).copy_(by_name[part.name].values()[part.box()])
 
 
 def tokenizer_in(folder: Path) -> Tokenizer | None:

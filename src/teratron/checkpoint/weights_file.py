@@ -9,8 +9,6 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from teratron.checkpoint.format import sync_folder
 from teratron.checkpoint.shards import Shards
 from teratron.checkpoint.source import Weights
@@ -21,17 +19,16 @@ from teratron.config.config import flatten
 FORMAT, VERSION = "teratron-weights", "1"
 
 
-def write_weights(weights: Weights, output: Path, dtype: torch.dtype | None = None, overwrite: bool = False) -> int:
+def write_weights(weights: Weights, output: Path, overwrite: bool = False) -> int:
     """Write weights, whole and under their parts' names, into one safetensors file; returns its bytes.
 
     Part by part, so that memory holds about the largest one; the file appears when it is complete. Its metadata are `format`,
     `version`, `step` and `config` (JSON).
 
-    Args: dtype: None = as they are stored. Raises `UserError` when the file exists (without overwrite) or cannot be written, and
-    for weights that are too large for the dtype.
+    Raises `UserError` when the file exists (without overwrite) or cannot be written.
     """
     _check_output(output, overwrite)
-    entries = weights.cast(dtype).parts
+    entries = weights.parts
     config = json.dumps(tomllib.loads(weights.run_config().to_toml()))
     partial = output.with_name(f".{output.name}.partial")
     try:

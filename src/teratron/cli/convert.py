@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from teratron.checkpoint import Weights
 
 SUMMARY = "write a model's weights into one safetensors file, or for another system"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-TARGETS = ("weights", "megatron")
+TARGETS = ("weights", "huggingface", "megatron", "llama2c")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,10 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=Path,
         metavar="SOURCE",
-        help="a run (its newest good checkpoint), a checkpoint, a converted file, a Hugging Face folder",
+        help="a run (its newest good checkpoint), a checkpoint, a converted file, a Hugging Face or Megatron-LM folder, a llama2.c file",
     )
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="what to write, such as OUT.safetensors")
-    parser.add_argument("--to", choices=TARGETS, help="what to write (default: weights, for a name that ends with .safetensors)")
+    parser.add_argument(
+        "--to", choices=TARGETS, help="what to write (default: weights for a name that ends with .safetensors, llama2c for .bin)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="numbers in the file (default: as they are stored)")
     parser.add_argument(
         "--upcycle", type=int, default=0, metavar="EXPERTS", help="make every feed-forward layer a mixture of so many copies"
@@ -30,25 +38,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     megatron.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor ranks that will read it (default: 1)")
     megatron.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline ranks, with --format legacy (default: 1)")
+    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="with --to huggingface: of one file at most (default: 5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace what has this name")
 
 
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from teratron.checkpoint import open_weights, upcycle, write_weights
-    from teratron.checkpoint.describe import size_text
+    from teratron.checkpoint import open_weights, upcycle
+    from teratron.checkpoint.adapters import merged
 
     weights = open_weights(args.source)
+    weights = merged(weights)
     if args.upcycle:
         weights = upcycle(weights, args.upcycle, args.experts_per_token)
-    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
-    if args.to == "megatron":
-        from teratron.checkpoint.megatron.write import Layout, write_megatron
-
-        folder = write_megatron(weights.cast(dtype), args.output, Layout(args.tensor, args.pipeline), args.format, args.overwrite)
-        print(f"wrote {folder}: the weights of {weights.name}; Megatron-LM reads it with --load {args.output}")
-        return 0
-    size = write_weights(weights, args.output, dtype, args.overwrite)
-    print(f"wrote {args.output}: the weights of {weights.name}, {size_text(size)}")
+    weights = weights.cast(getattr(torch, DTYPES[args.dtype]) if args.dtype else None)
+    print(f"wrote {args.output}: the weights of {weights.name}{WRITERS[_target(args)](weights, args)}")
     return 0
+
+
+def _target(args: argparse.Namespace) -> str:
+    """What to write, from the output's name where it was not said."""
+    from teratron.config import UserError
+
+    usual = {".safetensors": "weights", ".bin": "llama2c"}
+    if not args.to and args.output.suffix not in usual:
+        raise UserError(f"{args.output}: add --to {'|'.join(TARGETS)}, or give a name that ends with .safetensors")
+    return str(args.to or usual[args.output.suffix])
+
+
+def _weights(weights: Weights, args: argparse.Namespace) -> str:
+    from teratron.checkpoint import write_weights
+    from teratron.checkpoint.describe import size_text
+
+    return f", {size_text(write_weights(weights, args.output, args.overwrite))}"
+
+
+def _huggingface(weights: Weights, args: argparse.Namespace) -> str:
+    from teratron.checkpoint.huggingface import write_huggingface
+
+    return f"; {write_huggingface(weights, args.output, _bytes(args.shard_size), args.overwrite)}"
+
+
+def _megatron(weights: Weights, args: argparse.Namespace) -> str:
+    from teratron.checkpoint.megatron.write import Layout, write_megatron
+
+    write_megatron(weights, args.output, Layout(args.tensor, args.pipeline), args.format, args.overwrite)
+    return f"; Megatron-LM reads it with --load {args.output}"
+
+
+def _llama2c(weights: Weights, args: argparse.Namespace) -> str:
+    from teratron.checkpoint.llama2c import write_llama2c
+
+    return f"; {write_llama2c(weights, args.output, args.overwrite)}"
+
+
+def _bytes(size: str) -> int:
+    """Bytes of a text such as 5GB or 200MB."""
+    from teratron.config import UserError
+
+    found = re.fullmatch(r"(\d+)([KMG])B", size, re.IGNORECASE)
+    if found is None or not int(found[1]):
+        raise UserError(f"--shard-size {size}: expected a number and KB, MB or GB, such as 5GB")
+    return int(found[1]) * 1000 ** ("KMG".index(found[2].upper()) + 1)
+
+
+WRITERS: dict[str, Callable[[Weights, argparse.Namespace], str]] = {
+    "weights": _weights,
+    "huggingface": _huggingface,
+    "megatron": _megatron,
+    "llama2c": _llama2c,
+}
+"""Each writes, and tells what there is to know."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from teratron.checkpoint.huggingface.layouts import EACH_HEAD, TRANSPOSED, Row
 from teratron.checkpoint.huggingface.rotary import rope
-from teratron.checkpoint.huggingface.settings import Architecture, Form, Key, Only, Told
+from teratron.checkpoint.huggingface.settings import Architecture, Both, Form, Key, Only, Told
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 VOCABULARY = Key("vocab_size", "vocab_size")
@@ -33,7 +33,7 @@ GPT2 = Architecture(
         Key("n_layer", "layers"),
         Key("n_embd", "hidden"),
         Key("n_head", "heads"),
-        Key("n_inner", "ffn", 0, property="ffn_width"),
+        Both(lambda settings: {"ffn": settings.get("n_inner", 0)}, lambda config: {"n_inner": config.ffn or None}),
         Key("n_positions", "seq_length", property="positions"),
         VOCABULARY,
         Key("layer_norm_epsilon", "norm_eps", 1e-5),

@@ -67,7 +67,6 @@ def _refused(key: str, said: Any) -> UserError:
 def _written(config: ModelConfig) -> dict[str, Any] | None:
     if config.rope_scaling not in _KEYS:
         return None
-    kind, values = config.rope_scaling, {ours: getattr(config, ours) for ours in _KEYS[config.rope_scaling].values()}
-    values["rope_fast"] = config.fast_turns
-    said = {theirs: values[ours] for theirs, ours in _KEYS[kind].items() if values[ours]}
-    return {"rope_type": kind, **said}
+    kind, usual = config.rope_scaling, {"rope_fast": 32.0, "rope_slow": 1.0, "rope_sharpness": 0.0} if config.rope_scaling == "yarn" else {}
+    values = {ours: config.fast_turns if ours == "rope_fast" else getattr(config, ours) for ours in _KEYS[kind].values()}
+    return {"rope_type": kind} | {theirs: values[ours] for theirs, ours in _KEYS[kind].items() if values[ours] != usual.get(ours)}
