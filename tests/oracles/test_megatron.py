@@ -117,12 +117,12 @@ def theirs(models: dict[str, GPT], megatron: Path, folder: Path) -> None:
     run_worker(WORKER, folder, megatron)
 
 
-def run_worker(script: Path, folder: Path, megatron: Path) -> None:
+def run_worker(script: Path, folder: Path, megatron: Path, seconds: int = RUN_SECONDS) -> None:
     # It compiles functions when imported, unless told not to; and it must see no GPU, because its collectives run on CPU.
     path = os.pathsep.join(filter(None, [str(megatron), os.environ.get("PYTHONPATH")]))
     settings = {"PYTHONPATH": path, "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(folder)]
-    result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
+    result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=seconds, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from teratron.checkpoint.megatron.arithmetic import evaluate
 from teratron.checkpoint.megatron.pickles import Global, Record
 from teratron.config import ModelConfig, UserError
 
@@ -23,7 +23,7 @@ DEFAULTS: Mapping[str, Any] = {
     "data_parallel_size": 1, "mask_prob": 0.15, "recompute_num_layers": 1, "cp_comm_type": "p2p", "lr_wsd_decay_style": "exponential",
     "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1, "expert_model_parallel_size": 1,
     "initial_loss_scale": 2**32, "min_loss_scale": 1.0, "loss_scale_window": 1000, "hysteresis": 2, "weight_decay_incr_style": "constant",
-    "sgd_momentum": 0.9, "muon_momentum": 0.95, "label_smoothing": 0.0, "log_interval": 100,
+    "sgd_momentum": 0.9, "muon_momentum": 0.95, "label_smoothing": 0.0,
 }  # fmt: skip
 """What Megatron-LM takes where an argument is not given, as far as it matters here; others are off, 0 or empty."""
 ABSENT: Mapping[str, str] = {
@@ -250,7 +250,10 @@ def _routed_layers(given: Given, layers: int) -> dict[str, Any]:
     """Which layers have experts, from a number or a pattern of zeros and ones."""
     found = given["moe_layer_freq"]
     if isinstance(found, str):
-        found = _pattern(found)
+        try:
+            found = evaluate(found)
+        except ValueError:
+            raise UserError(f"--moe-layer-freq = {found}: expected a number, or a list such as ([0]*3+[1]*21)") from None
     if isinstance(found, int):
         return {"moe_every": found} if found != 1 else {}
     first = next((place for place, one in enumerate(found) if one), layers)
@@ -261,29 +264,6 @@ def _routed_layers(given: Given, layers: int) -> dict[str, Any]:
             f"--moe-layer-freq = {found} cannot be expressed here: expected dense layers first, then every so many-th with experts"
         )
     return {"moe_first_dense": first} | ({"moe_every": every} if every != 1 else {})
-
-
-def _pattern(text: str) -> Any:
-    """A number, or lists of numbers that are added and repeated; nothing else is evaluated."""
-
-    def value(node: ast.AST) -> Any:
-        match node:
-            case ast.Expression(body=body):
-                return value(body)
-            case ast.Constant(value=int(number)):
-                return number
-            case ast.List(elts=items):
-                return [value(item) for item in items]
-            case ast.BinOp(left=left, op=ast.Add(), right=right):
-                return value(left) + value(right)
-            case ast.BinOp(left=left, op=ast.Mult(), right=right):
-                return value(left) * value(right)
-        raise ValueError
-
-    try:
-        return value(ast.parse(text.strip(), mode="eval"))
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        raise UserError(f"--moe-layer-freq = {text}: expected a number, or a list such as ([0]*3+[1]*21)") from None
 
 
 def arguments_of_model(model: ModelConfig, padded_vocab: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from teratron.config import ModelConfig, UserError
 FORMATS = ("torch_dist", "legacy")
 VERSION = 3.0
 """Of the order of queries, keys and values, as Megatron-LM counts."""
-_LINEAR = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-"""The modules of a block that have a state of their own, which is empty."""
+_LINEAR = re.compile(r"\.linear_(qkv|proj|fc1|fc2)\.weight$")
+"""Tensors of modules that have a state of their own, which is empty."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,13 @@ class Source:
         name = re.sub(r"\.input_layernorm\.(\w+)$", r".self_attention.linear_qkv.layer_norm_\1", row.name)
         layer = layer_of(row)
         if layer is None or not self.config.routed(layer):
-            name = re.sub(r"\.pre_mlp_layernorm\.(\w+)$", r".mlp.linear_fc1.layer_norm_\1", name)
+            name = fused_name(name)
         return re.sub(r"^blocks\.", f"{STACK[self.config.family]}.", name)
+
+
+def fused_name(name: str) -> str:
+    """What the norm before a feed-forward layer is called where Transformer Engine's first linear layer holds it."""
+    return re.sub(r"\.pre_mlp_layernorm\.(\w+)$", r".mlp.linear_fc1.layer_norm_\1", name)
 
 
 def layer_of(row: Row) -> int | None:
@@ -143,11 +149,10 @@ def _of_rank(source: Source, stage: int, rank: int) -> Iterator[tuple[str, Tenso
         if stage != (layer // per_stage if layer is not None else last if head else 0):
             continue
         name = source.name(row).replace(f".layers.{layer}.", f".layers.{(layer or 0) - stage * per_stage}.")
-        yield re.sub(r"\.experts\.(\d+)\.", r".experts.local_experts.\1.", name), _share(source, row, rank)
-    for layer in range(per_stage):
-        dense = not config.routed(stage * per_stage + layer)
-        for module in _LINEAR if dense else _LINEAR[:2]:
-            yield f"{STACK[config.family]}.layers.{layer}.{module}._extra_state", None
+        name = re.sub(r"\.experts\.(\d+)\.", r".experts.local_experts.\1.", name)
+        yield name, _share(source, row, rank)
+        if _LINEAR.search(row.name):
+            yield name.removesuffix("weight") + "_extra_state", None
     if stage == last and stages > 1 and config.tie_embeddings:
         yield "output_layer.weight", _share(source, source.rows[0], rank)
 
@@ -164,7 +169,9 @@ def _write_distributed(source: Source, folder: Path, content: Mapping[str, Any])
 
     from teratron.checkpoint.megatron.planned import Chunk, Planner
 
-    chunks = [Chunk(*_place(source, row), source.dtype(row), lambda row=row: source.tensor(row)) for row in source.rows]  # type: ignore[misc]
+    chunks = [Chunk(*_place(source, row), source.dtype(row), partial(source.tensor, row)) for row in source.rows]
+    # Where a layer has experts, megatron-core's own layers look for the norm before them under the name of a dense layer.
+    chunks += [chunk._replace(name=fused) for chunk in chunks if (fused := fused_name(chunk.name)) != chunk.name]
     save({}, storage_writer=FileSystemWriter(folder), planner=Planner(chunks, _empty_states(source)), no_dist=True)
     torch.save(dict(content), folder / "common.pt")
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
@@ -191,17 +198,13 @@ def _alike(config: ModelConfig) -> bool:
 
 
 def _empty_states(source: Source) -> dict[str, Callable[[], io.BytesIO]]:
-    """The states of modules, which megatron-core asks for though they are empty."""
-    config, stacked = source.config, _alike(source.config)
+    """The states of linear modules, which megatron-core asks for though they are empty."""
 
     def empty() -> io.BytesIO:
         buffer = io.BytesIO()
         torch.save([None], buffer)
         return buffer
 
-    names = []
-    for layer in range(config.layers):
-        for module in _LINEAR if not config.routed(layer) else _LINEAR[:2]:
-            prefix = f"{STACK[config.family]}.layers." + ("" if stacked else f"{layer}.")
-            names.append(f"{prefix}{module}._extra_state/shard_" + (f"{layer}_{config.layers}" if stacked else "0_1"))
-    return dict.fromkeys(names, empty)
+    places = [_place(source, row) for row in source.rows if _LINEAR.search(row.name)]
+    names = [(name.removesuffix("weight"), index or (0,), whole[: len(index)] or (1,)) for name, whole, index in places]
+    return {f"{name}_extra_state/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, sizes))}": empty for name, index, sizes in names}
