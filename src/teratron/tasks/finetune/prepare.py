@@ -175,7 +175,7 @@ def _config(job: Job, task: Task, source: Weights, examples: Mapping[str, Sequen
     """The run's config: what the task asks for, then what is usual in fine-tuning, then what the user says."""
     model = source.config
     count, most = len(examples["train"]), max(map(longest, examples.values()))
-    batch = int(job.overrides.get("train.global_batch", min(32, max(1, count // 8))))
+    batch = int(job.overrides.get("train.global_batch", min(task.usual_batch, max(1, count // 8))))
     steps = max(1, math.ceil(job.epochs * count / batch))
     keys: dict[str, Any] = {"model.seq_length": most, "model.max_positions": model.positions, "model.dropout": 0.1}
     keys |= {"model.attention_dropout": 0.0, "model.predict_tokens": 1}

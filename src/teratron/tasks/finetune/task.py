@@ -80,6 +80,8 @@ class Task:
     """The task's own names of columns and the usual ones, the likeliest first."""
     optional: ClassVar[Sequence[str]] = ()
     parallel_text: ClassVar[bool] = False
+    usual_batch: ClassVar[int] = 32
+    """Examples of one step."""
     takes: ClassVar[Sequence[str]] = ()
     """Which of the options concern it, beside length and seed."""
 
