@@ -64,6 +64,13 @@ def test_groups_are_the_same_on_every_layout(axes: str) -> None:
     assert "moment1/blocks.1.attention.q.weight" not in found.state
 
 
+@pytest.mark.parametrize("axes", ["tensor 2 x sequence x pipeline 2 1f1b", "tensor 2 x shard parameters"])
+def test_another_widths_settings_are_the_same_on_every_layout(axes: str) -> None:
+    """muP at twice the width, heads twice as large: initial values, rates and scales."""
+    keys: Keys = {"model.mup_base": 8, "model.mup_base_head": 2, "model.position": "rope", "train.micro_batch": 2}
+    assert_layout_invisible(4, keys | layout(axes))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("model", "ranks", "axes"), [*LAYOUTS, *MORE])
