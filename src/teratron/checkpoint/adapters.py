@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from teratron.checkpoint.source import Weights
 from teratron.checkpoint.stream import Entry
+from teratron.models.adapters import SUFFIXES
 
-LORA_A, LORA_B, MAGNITUDE = ".lora_a", ".lora_b", ".magnitude"
+Read = Callable[[], Tensor]
 
 
 def merged(weights: Weights) -> Weights:
@@ -18,23 +20,26 @@ def merged(weights: Weights) -> Weights:
     if not weights.config.adapter_rank:
         return weights
     beside = {entry.name: entry for entry in weights.parts}
-    kept = [entry for entry in weights.parts if not entry.name.endswith((LORA_A, LORA_B, MAGNITUDE))]
-    plain = replace(weights.config, adapter_rank=0, adapter_dora=False)
+    kept = [entry for entry in weights.parts if not entry.name.endswith(SUFFIXES)]
     run = None if weights.run is None else weights.run.override({"model.adapter_rank": 0, "model.adapter_dora": False})
-    parts = [_merged(entry, beside, weights.config.adapter_scale) for entry in kept]
-    return replace(weights, config=plain, run=run, parts=parts)
+    config = replace(weights.config, adapter_rank=0, adapter_dora=False)
+    return replace(weights, config=config, run=run, parts=[_merged(entry, beside, weights.config.adapter_scale) for entry in kept])
 
 
 def _merged(entry: Entry, beside: dict[str, Entry], scale: float) -> Entry:
-    layer = entry.name.removesuffix(".weight")
-    if f"{layer}{LORA_B}" not in beside:
+    a, b, magnitude = (beside.get(entry.name.removesuffix(".weight") + suffix) for suffix in SUFFIXES)
+    if a is None or b is None:
         return entry
+    return with_product(entry, a.values, b.values, scale, None if magnitude is None else magnitude.values)
+
+
+def with_product(entry: Entry, a: Read, b: Read, scale: float, magnitude: Read | None) -> Entry:
+    """A weight with scale B A added to it and, where there are magnitudes, its rows made so long; computed in float64."""
 
     def values() -> Tensor:
-        weight, a, b = (beside[name].values().double() for name in (entry.name, f"{layer}{LORA_A}", f"{layer}{LORA_B}"))
-        total = torch.addmm(weight, b, a, alpha=scale)
-        if f"{layer}{MAGNITUDE}" in beside:
-            total *= (beside[f"{layer}{MAGNITUDE}"].values().double() / total.norm(dim=1)).unsqueeze(1)
-        return total
+        total = torch.addmm(entry.values().double(), b().double(), a().double(), alpha=scale)
+        if magnitude is not None:
+            total *= (magnitude().double() / total.norm(dim=1)).unsqueeze(1)
+        return total.to(entry.dtype)
 
     return entry._replace(values=values)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "write a model's weights into one safetensors file, or for another system"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-TARGETS = ("weights", "huggingface", "megatron", "llama2c")
+TARGETS = ("weights", "huggingface", "megatron", "llama2c", "peft")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", choices=TARGETS, help="what to write (default: weights for a name that ends with .safetensors, llama2c for .bin)"
     )
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="adapters in PEFT's format, to be merged into the weights")
     parser.add_argument("--dtype", choices=DTYPES, help="numbers in the file (default: as they are stored)")
     parser.add_argument(
         "--upcycle", type=int, default=0, metavar="EXPERTS", help="make every feed-forward layer a mixture of so many copies"
@@ -39,17 +40,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     megatron.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor ranks that will read it (default: 1)")
     megatron.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline ranks, with --format legacy (default: 1)")
     parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="with --to huggingface: of one file at most (default: 5GB)")
+    parser.add_argument(
+        "--output", dest="config", type=Path, metavar="FILE", help="with `args SCRIPT`, a launch script of Megatron-LM: its config's file"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what has this name")
 
 
 def run(args: argparse.Namespace) -> int:
+    if str(args.source) == "args":
+        from teratron.cli.convert_arguments import print_config
+
+        return print_config(args.output, args.config, args.overwrite)
     import torch
 
     from teratron.checkpoint import open_weights, upcycle
     from teratron.checkpoint.adapters import merged
+    from teratron.checkpoint.peft import with_adapter
 
     weights = open_weights(args.source)
-    weights = merged(weights)
+    if args.to != "peft":
+        weights = merged(weights)
+    if args.adapter:
+        weights = with_adapter(weights, args.adapter)
     if args.upcycle:
         weights = upcycle(weights, args.upcycle, args.experts_per_token)
     weights = weights.cast(getattr(torch, DTYPES[args.dtype]) if args.dtype else None)
@@ -93,6 +105,12 @@ def _llama2c(weights: Weights, args: argparse.Namespace) -> str:
     return f"; {write_llama2c(weights, args.output, args.overwrite)}"
 
 
+def _peft(weights: Weights, args: argparse.Namespace) -> str:
+    from teratron.checkpoint.peft import write_peft
+
+    return f"; {write_peft(weights, args.output, args.overwrite)}"
+
+
 def _bytes(size: str) -> int:
     """Bytes of a text such as 5GB or 200MB."""
     from teratron.config import UserError
@@ -108,5 +126,6 @@ WRITERS: dict[str, Callable[[Weights, argparse.Namespace], str]] = {
     "huggingface": _huggingface,
     "megatron": _megatron,
     "llama2c": _llama2c,
+    "peft": _peft,
 }
 """Each writes, and tells what there is to know."""
