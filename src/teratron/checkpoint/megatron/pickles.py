@@ -23,7 +23,7 @@ INERT_CALLS = frozenset({
     "torch.device", "torch._utils._rebuild_qtensor", "torch._utils._rebuild_device_tensor_from_numpy", "datetime.timedelta",
     "datetime.datetime", "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy._core.numeric._frombuffer",
-    "numpy.core.numeric._frombuffer", "copyreg._reconstructor", "copy_reg._reconstructor", "functools.partial",
+    "numpy.core.numeric._frombuffer", "functools.partial",
     "torch.storage._load_from_bytes", "torch.serialization._get_layout",
 })  # fmt: skip
 """Functions whose calls checkpoints hold, which become records too."""
@@ -53,21 +53,27 @@ class Record:
 
 Readers = Mapping[str, Callable[..., Any]]
 """What stands for a class or function of this name: called with the pickle's arguments, it returns plain data."""
-PLAIN: Readers = {
+_PLAIN: Readers = {
     "collections.OrderedDict": lambda pairs=(): dict(pairs),
     "collections.defaultdict": lambda *_: {},
     "builtins.set": lambda items=(): set(items),
-    "__builtin__.set": lambda items=(): set(items),
     "builtins.frozenset": lambda items=(): frozenset(items),
     "builtins.bytearray": lambda *given: bytes(given[0]) if given and isinstance(given[0], bytes) else b"",
     "builtins.complex": complex,
     "builtins.slice": slice,
+    "builtins.object": lambda: None,
     "builtins.getattr": lambda owner, name: _member(owner, name),
+    "copyreg._reconstructor": lambda kind, *_: Record(kind.name),
     "_codecs.encode": lambda text, *_: text.encode("latin-1"),
     "torch.Size": lambda sizes=(): tuple(sizes),
     "pathlib.PosixPath": lambda *names: posixpath.join("", *names),
     "pathlib._local.PosixPath": lambda *names: posixpath.join("", *names),
     "pathlib.Path": lambda *names: posixpath.join("", *names),
+}
+_OLDER = {"builtins.": "__builtin__.", "copyreg.": "copy_reg."}
+PLAIN: Readers = {
+    **_PLAIN,
+    **{name.replace(new, old, 1): _PLAIN[name] for new, old in _OLDER.items() for name in _PLAIN if name.startswith(new)},
 }
 """Those of every pickle."""
 
