@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from teratron.cli.finetune import columns_of
 from teratron.cli.workers import add_nproc, run_workers
 from teratron.config import UserError, nearest
 
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "what to measure on: of one TASK any number, of several as many as these, in their order"
     parser.add_argument("--data", nargs="+", type=Path, required=True, metavar="FILE", help=text)
     parser.add_argument("--out", type=Path, metavar="DIR", help="write eval.json and eval.html there (default: print only)")
+    text = "where a fine-tuned model's task finds its columns, if their names are unusual: text=review"
+    parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help=text)
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="take the first N examples of each file; 0 = all (default: 0)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="texts that go through the model at the same time (default: 16)")
     parser.add_argument(
@@ -100,7 +103,7 @@ def _evaluate(name: str, task: Task | None, file: Path, scorer: Scorer | None, a
     from teratron.tasks.evaluate.finetuned import evaluate_run
 
     if task is None or scorer is None:
-        return evaluate_run(name, Path(args.model), file, args.limit)
+        return evaluate_run(name, Path(args.model), file, columns_of(args.columns), args.limit)
     with _bar(f"{name} {file.name}", leads) as done:
         return evaluate(name, task, file, scorer, args.limit, args.seed, done)
 

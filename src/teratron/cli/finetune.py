@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,14 +84,19 @@ def _job(args: argparse.Namespace) -> Job:
 
     if args.task not in TASKS:
         raise UserError(f"unknown task '{args.task}'{nearest(args.task, TASKS)}; tasks: {', '.join(TASKS)}")
-    pairs = [item.partition("=") for item in args.columns]
-    wrong = next((item for item, pair in zip(args.columns, pairs, strict=True) if not (pair[0] and pair[2])), None)
-    if wrong is not None:
-        raise UserError(f"--columns {wrong}: expected ROLE=COLUMN, such as text=review")
     if args.epochs <= 0 or args.seeds < 1:
         raise UserError(f"--epochs {args.epochs:g}, --seeds {args.seeds}: expected more than 0")
     names = ("task", "model", "epochs", "freeze", "layer_decay", "scratch", "seeds", "overrides")
     options = Options(**{option.name: getattr(args, option.name) for option in fields(Options) if option.name != "seed"})
     chosen: dict[str, Any] = {name: getattr(args, name) for name in names}
     chosen |= {name: tuple(getattr(args, name)) for name in ("data", "valid", "test")}
-    return Job(**chosen, options=options, columns={role: column for role, _, column in pairs})
+    return Job(**chosen, options=options, columns=columns_of(args.columns))
+
+
+def columns_of(items: Sequence[str]) -> dict[str, str]:
+    """What `--columns` says: columns by the role that they have in a task."""
+    pairs = [item.partition("=") for item in items]
+    wrong = next((item for item, pair in zip(items, pairs, strict=True) if not (pair[0] and pair[2])), None)
+    if wrong is not None:
+        raise UserError(f"--columns {wrong}: expected ROLE=COLUMN, such as text=review")
+    return {role: column for role, _, column in pairs}

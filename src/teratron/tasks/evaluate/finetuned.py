@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,16 @@ from teratron.tasks.finetune.prepare import load_task
 from teratron.tasks.finetune.rows import find_columns, read_table
 
 
-def evaluate_run(name: str, run: Path, file: Path, limit: int = 0) -> Report:
-    """Its best checkpoint on the rows of a file, beside the task's baseline. Raises `UserError` for a run of another task."""
+def evaluate_run(name: str, run: Path, file: Path, columns: Mapping[str, str], limit: int = 0) -> Report:
+    """Its best checkpoint on the rows of a file, beside the task's baseline; columns: by their roles, where their names are unusual.
+
+    Raises `UserError` for a run of another task, and for rows that do not fit it.
+    """
     begun = time.perf_counter()
     task = load_task(run)
     if task.name != name:
         raise UserError(f"{run}: was fine-tuned for {task.name}, not for {name}: type `teratron eval {run} {task.name} --data {file}`")
-    table = find_columns(read_table([file], task.parallel_text), task.columns, {}, task.optional)
+    table = task.read(find_columns(read_table([file], task.parallel_text), task.columns, columns, task.optional))
     task.check(table.rows, table.name)
     judged = judge(run, table.rows[: limit or None])
     scored = judged.scored
