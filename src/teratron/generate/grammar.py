@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -70,7 +71,8 @@ class Grammatical:
     def push(self, token: int) -> Grammatical:
         matcher = self._matcher.deep_copy()
         if not matcher.consume_token(token):
-            raise UserError(f"the constraint became too complex to follow ({_first_line(matcher.get_error())}): simplify it")
+            why = _first_line(matcher.get_error())
+            raise UserError(f"this tokenizer cannot write what was asked for ({why}): loosen the constraint, or use another tokenizer")
         return Grammatical(matcher, self._vocab, self._ends)
 
 
@@ -95,9 +97,28 @@ class _Words:
 
     def __init__(self, tokens: list[bytes], eos_token_id: int, tokenizer: Tokenizer) -> None:
         self.tokens, self.eos_token_id, self._tokenizer = tokens, eos_token_id, tokenizer
+        self._ids = {spelling: number for number, spelling in enumerate(tokens) if spelling}
+        self._longest = max(map(len, self._ids))
 
-    def __call__(self, text: bytes | str) -> list[int]:
-        return self._tokenizer.encode(text if isinstance(text, str) else text.decode("utf-8", errors="replace"))
+    def __call__(self, text: str) -> list[int]:
+        """The tokens with which a text that must come is written: the usual ones, but not a space that no one asked for."""
+        whole = text.encode()
+        with contextlib.suppress(UserError):  # of a tokenizer that does not know a character
+            ids = self._tokenizer.encode(text)
+            if b"".join(self.tokens[token] for token in ids) == whole:
+                return ids
+        return self._longest_first(whole)
+
+    def _longest_first(self, whole: bytes) -> list[int]:
+        found, start = list[int](), 0
+        while start < len(whole):
+            sizes = range(min(self._longest, len(whole) - start), 0, -1)
+            size = next((size for size in sizes if whole[start : start + size] in self._ids), 0)
+            if not size:
+                return found
+            found.append(self._ids[whole[start : start + size]])
+            start += size
+        return found
 
 
 def _begins_with_space(tokenizer: Tokenizer) -> bool:
