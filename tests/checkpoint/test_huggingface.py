@@ -15,9 +15,10 @@ from parity import read_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from teratron.checkpoint import open_weights
 from teratron.checkpoint.huggingface import is_huggingface
+from teratron.checkpoint.probe import logits_of
 from teratron.config import UserError
-from teratron.models import GPT, build_model, load_parts
 
 transformers = pytest.importorskip("transformers", reason="transformers writes the folders: pip install transformers")
 
@@ -48,28 +49,15 @@ def changed(source: Path, target: Path, settings: dict[str, Any], tensors: Calla
     return target
 
 
-def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> GPT:
-    config, tensors = read_weights(folder)
-    model = build_model(config, dtype=dtype)
-    load_parts(model, tensors)
-    return model
-
-
-def logits_of(model: GPT, tokens: Tensor) -> Tensor:
-    assert model.head is not None
-    with torch.no_grad():
-        return model.head.output(model({"tokens": tokens, "positions": torch.arange(tokens.shape[1]).expand(tokens.shape)})["hidden"])
-
-
 def test_a_real_llama_gives_its_golden_logits_and_loss(shared: Path) -> None:
     folder = shared / "data/ckpt_stories260k/hf_converted"
     golden = json.loads((folder / "golden_reference.json").read_text())
     tokens = torch.tensor([golden["prompt_ids"]])
-    logits = logits_of(loaded(folder, torch.float64), tokens)[0]
+    logits = logits_of(open_weights(folder).cast(torch.float64), tokens)[0]
     expected = torch.tensor(golden["last_position_logits"], dtype=torch.float64)
     assert float((logits[-1] - expected).abs().max()) < 1e-6  # the file has 6 decimals
     assert float(F.cross_entropy(logits[:-1], tokens[0, 1:])) == pytest.approx(golden["mean_nll_per_token"], abs=1e-12)
-    single = logits_of(loaded(folder), tokens)[0, -1].double()
+    single = logits_of(open_weights(folder), tokens)[0, -1].double()
     assert float((single - expected).abs().max()) < 1e-5 * float(expected.abs().max())
 
 
@@ -78,7 +66,7 @@ def test_a_real_llama_tells_its_golden_story(shared: Path) -> None:
     folder = shared / "data/ckpt_stories260k"
     golden = json.loads((folder / "hf_converted/golden_reference.json").read_text())
     story = golden["greedy_ids_from_bos"]
-    choices = logits_of(loaded(folder / "hf_converted"), torch.tensor([story]))[0].argmax(-1).tolist()
+    choices = logits_of(open_weights(folder / "hf_converted"), torch.tensor([story]))[0].argmax(-1).tolist()
     assert choices[:-1] == story[1:]  # each token is the greedy choice after those before it: by induction, the greedy text
     text = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tok512.model")).decode([story[0], *choices[:-1]])
     assert text == golden["greedy_text"]
@@ -187,7 +175,7 @@ def test_unreadable_files_are_refused(folders: dict[str, Path], tmp_path: Path) 
     (folder / "model.safetensors").unlink()
     refuse(folder, "no model.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"")
-    refuse(folder, "a pickle, which is never opened here; convert it to safetensors once: python -c")
+    refuse(folder, "pytorch_model.bin: ")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     refuse(folder, r"names model-1\.safetensors, which is not in the folder \(1 of 1 missing\)")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model/config.json"}}))
@@ -200,9 +188,15 @@ def test_unreadable_files_are_refused(folders: dict[str, Path], tmp_path: Path) 
     refuse(folder, "not a readable JSON file")
 
 
-def test_real_folders_of_pickles_are_recognised_and_refused(shared: Path) -> None:
-    for name in ("BloomForCausalLM", "BertForSequenceClassification", "T5ForConditionalGeneration"):
-        folder = shared / "data/ckpt_tiny_hf" / name
-        assert is_huggingface(folder)
-        refuse(folder, f"a pickle, .*from transformers import {name}")
+@pytest.mark.parametrize("name", ["BloomForCausalLM", "BertForSequenceClassification", "T5ForConditionalGeneration"])
+def test_folders_of_pickles_give_the_logits_of_transformers(name: str, shared: Path) -> None:
+    folder = shared / "data/ckpt_tiny_hf" / name
+    assert is_huggingface(folder)
+    model = getattr(transformers, name).from_pretrained(folder).eval()
+    weights, tokens = open_weights(folder), torch.tensor([[5, 9, 300, 7, 401, 12, 3]])
+    with torch.inference_mode():
+        expected = model(tokens, **({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})).logits
+    found = logits_of(weights, tokens)[:, : expected.shape[1] if expected.dim() == 3 else 1].view_as(expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert weights.tokenizer is not None
     assert not is_huggingface(shared / "data/ckpt_tiny_hf")

@@ -1,12 +1,13 @@
 """Import: a folder of `config.json` and safetensors files becomes a model's config and its parts, read when they are asked for.
 
-Only JSON and safetensors are read; nothing is ever unpickled. What the model here cannot express is refused, never approximated.
+Pickles (`pytorch_model.bin`) are read without being run. What the model here cannot express is refused, never approximated.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from teratron.checkpoint.huggingface.encoders import ENCODERS
 from teratron.checkpoint.huggingface.layouts import Link
 from teratron.checkpoint.huggingface.llamas import LLAMAS
 from teratron.checkpoint.huggingface.settings import Architecture, Form, Settings
+from teratron.checkpoint.megatron.torch_files import Stored, load_torch
 from teratron.checkpoint.shards import Shards
 from teratron.checkpoint.source import Weights, tokenizer_in
 from teratron.checkpoint.stream import Entry
@@ -67,7 +69,7 @@ class _Stored:
 
     def __init__(self, folder: Path, architecture: Architecture) -> None:
         self.folder, self.architecture = folder, architecture
-        self.shards = Shards(_files(folder), "download it again")
+        self.shards = _tensors(folder)
         self.names = {name.removeprefix(architecture.prefix): name for name in self.shards.names()}
 
     def entries(self, link: Link) -> list[Entry]:
@@ -108,26 +110,48 @@ def _split(link: Link, theirs: list[Entry], place: int) -> Tensor:
     return link.split([entry.values() for entry in theirs])[place]
 
 
-def _files(folder: Path) -> list[Path]:
-    """`model.safetensors`, or the files that `model.safetensors.index.json` names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not places:
-            raise UserError(f"{index}: 'weight_map' = {places!r}: expected a table of tensor names and files; download it again")
-        names = sorted({str(name) for name in places.values()})
-        absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-        if absent:
-            raise UserError(f"{index}: names {absent[0]}, which is not in the folder ({len(absent)} of {len(names)} missing); download it")
-        return [folder / name for name in names]
-    pickled = next(iter(sorted(folder.glob("pytorch_model*.bin"))), None)
-    if pickled is None:
-        raise UserError(f"{folder}: no model.safetensors or model.safetensors.index.json; download the weights")
-    name = read_json(folder / "config.json")["architectures"][0]
-    script = f"from transformers import {name} as M; M.from_pretrained('{folder}').save_pretrained('NEWDIR')"
-    raise UserError(f'{pickled}: a pickle, which is never opened here; convert it to safetensors once: python -c "{script}"')
+class _Pickles:
+    """The tensors of files of `torch.save` by name; their pickles are read, never run."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.stored: dict[str, Stored] = {}
+        for path in files:
+            content = load_torch(path)
+            if not isinstance(content, dict) or not all(isinstance(value, Stored) for value in content.values()):
+                raise UserError(f"{path}: found {type(content).__name__}, expected tensors by name; download it again")
+            self.stored |= content
+
+    def names(self) -> list[str]:
+        return list(self.stored)
+
+    def entry(self, name: str) -> Entry:
+        return Entry(name, *self.stored[name])
+
+
+def _tensors(folder: Path) -> Shards | _Pickles:
+    """Of `model.safetensors`, or else of `pytorch_model.bin`; or of the files that an index of that name lists."""
+    readers: dict[str, Callable[[Sequence[Path]], Shards | _Pickles]] = {
+        "model.safetensors": partial(Shards, advice="download it again"),
+        "pytorch_model.bin": _Pickles,
+    }
+    for name, reader in readers.items():
+        if (folder / name).is_file():
+            return reader([folder / name])
+        if (folder / f"{name}.index.json").is_file():
+            return reader(_listed(folder / f"{name}.index.json"))
+    raise UserError(f"{folder}: no model.safetensors or model.safetensors.index.json; download the weights")
+
+
+def _listed(index: Path) -> list[Path]:
+    """The files that an index names."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{index}: 'weight_map' = {places!r}: expected a table of tensor names and files; download it again")
+    names = sorted({str(name) for name in places.values()})
+    absent = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
+    if absent:
+        raise UserError(f"{index}: names {absent[0]}, which is not in the folder ({len(absent)} of {len(names)} missing); download it")
+    return [index.parent / name for name in names]
 
 
 def read_json(path: Path) -> dict[str, Any]:

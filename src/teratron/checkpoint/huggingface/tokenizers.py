@@ -24,7 +24,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, length: int) -> None:
         engine = _of_characters(tokenizer) if isinstance(tokenizer, CharTokenizer) else _of_bytes(tokenizer)
         write_synced(folder / "tokenizer.json", (engine.to_str(pretty=True) + "\n").encode())
     ids = {key: find_role(tokenizer, role) for key, role in _ROLES.items()} | {"bos_token": tokenizer.bos, "eos_token": tokenizer.eod}
-    said = {key: tokenizer.decode([number]) for key, number in ids.items() if number is not None}
+    pieces = tokenizer.pieces()
+    said = {key: pieces[number] for key, number in ids.items() if number is not None}
     kind = "LlamaTokenizer" if tokenizer.kind == "sentencepiece" else "PreTrainedTokenizerFast"
     content = {**said, "tokenizer_class": kind, "model_max_length": length, "clean_up_tokenization_spaces": False}
     write_synced(folder / "tokenizer_config.json", (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
