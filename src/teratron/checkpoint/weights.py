@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 
 from teratron.checkpoint.adapters import merged
 from teratron.checkpoint.exchange import open_weights
 from teratron.checkpoint.stream import Entry
 from teratron.config import ModelConfig, UserError
+from teratron.config.meaning import meaning
 from teratron.models import build_model, parts_of
 from teratron.models.parts import check_parts
-
-LEARNT_OTHERWISE = (
-    "seq_length", "max_positions", "vocab_multiple", "dropout", "attention_dropout", "init_std", "router_balance", "aux_loss", "bias_rate",
-    "z_loss", "capacity",
-)  # fmt: skip
-"""Of `model.*`: what may differ between weights and a run that begins with them, as it does not change what they compute."""
-
 
 HEAD_KEYS = ("head", "classes", "head_transform", "pooler", "tie_embeddings")
 """Of `model.*`: what may differ too where the run has another head than made the weights."""
@@ -44,7 +37,7 @@ def weights_for(path: Path, model: ModelConfig) -> tuple[Mapping[str, Entry], tu
     if _differ(weights.config, model, ADAPTER_KEYS):
         weights = merged(weights)
     another = _differ(weights.config, model, HEAD_KEYS[:2])
-    _check_keys(path, weights.config, model, (*LEARNT_OTHERWISE, *ADAPTER_KEYS, *(HEAD_KEYS if another else ())))
+    _check_keys(path, weights.config, model, ("router_balance", *ADAPTER_KEYS, *(HEAD_KEYS if another else ())))
     parts = parts_of(build_model(model, device="meta"))
     shapes = {part.name: part.shape for part in parts}
     entries = {e.name: e for e in weights.parts if not (another and LEFT.fullmatch(e.name) and shapes.get(e.name) != tuple(e.shape))}
@@ -60,9 +53,9 @@ def _differ(found: ModelConfig, wanted: ModelConfig, keys: Iterable[str]) -> boo
 
 def _check_keys(path: Path, found: ModelConfig, wanted: ModelConfig, free: Iterable[str]) -> None:
     """Raise `UserError` where a key differs that is not free to."""
-    for field in fields(wanted):
-        if field.name not in free and _differ(found, wanted, (field.name,)):
-            name, theirs = f"model.{field.name}", getattr(found, field.name)
+    ours, theirs = meaning(wanted), meaning(found)
+    for key, value in ours.items():
+        if key not in free and theirs.get(key, value) != value:
             raise UserError(
-                f"train.init = {path}: its weights have {name} = {theirs}, the run {getattr(wanted, field.name)}: set --{name} {theirs}"
+                f"train.init = {path}: its weights have model.{key} = {theirs[key]}, the run {value}: set --model.{key} {theirs[key]}"
             )

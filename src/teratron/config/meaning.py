@@ -9,7 +9,7 @@ from teratron.config.model import ModelConfig
 
 LEARNT_OTHERWISE = (
     "seq_length", "max_positions", "vocab_multiple", "dropout", "attention_dropout", "init_std", "embedding_std", "aux_loss", "bias_rate",
-    "z_loss", "capacity", "predict_tokens",
+    "z_loss", "capacity",
 )  # fmt: skip
 """Keys of training, which change nothing of what given weights compute."""
 _SPELLED_OUT = {
