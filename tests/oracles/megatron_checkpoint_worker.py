@@ -145,6 +145,7 @@ def save(config: ModelConfig, model: GPTModel, folder: Path) -> None:
         normalization="RMSNorm" if config.norm == "rmsnorm" else "LayerNorm", norm_epsilon=config.norm_eps, qk_layernorm=config.qk_norm,
         position_embedding_type="rope" if config.position == "rope" else "learned_absolute", rotary_base=int(config.rope_theta),
         num_experts=config.experts or None, moe_router_topk=config.experts_per_token, moe_ffn_hidden_size=config.expert_ffn or None,
+        hidden_dropout=config.dropout, attention_dropout=config.attention_dropout, init_method_std=config.init_std,
         params_dtype=DTYPE, tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
     )  # fmt: skip
     dist_checkpointing.save({**model.sharded_state_dict(), "args": args, "iteration": STEP, "checkpoint_version": 3.0}, str(iteration))

@@ -114,10 +114,8 @@ def refuse_absent(given: Given) -> None:
 
 def _sizes(given: Given) -> dict[str, Any]:
     hidden, heads = given.number("hidden_size"), given.number("num_attention_heads")
-    layers = given["num_layers"] or given["encoder_num_layers"]
-    if not layers:
-        raise UserError("--num-layers is missing: expected the number of transformer layers")
-    keys: dict[str, Any] = {"layers": int(layers), "hidden": hidden, "heads": heads}
+    layers = given.number("encoder_num_layers" if given["num_layers"] is None and given["encoder_num_layers"] else "num_layers")
+    keys: dict[str, Any] = {"layers": layers, "hidden": hidden, "heads": heads}
     width = given["kv_channels"] or hidden // heads
     if width * heads != hidden:
         keys["head_dim"] = width

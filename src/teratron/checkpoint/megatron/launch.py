@@ -124,7 +124,8 @@ def translate_script(path: Path) -> Translation:
 def translate(words: Sequence[str], kind: Kind = "gpt") -> Translation:
     """The same of the words of a command."""
     flags = parse_flags(list(words))
-    nodes, per_node = (_launched(flags, name) for name in ("nnodes", "nproc_per_node"))
+    per_node = _launched(flags, "nproc_per_node")
+    nodes = _launched(flags, "nnodes") or int(per_node > 0)
     script = next((place for place, word in enumerate(words) if word.endswith(".py")), -1)
     typed = {}
     for name, values in parse_flags(list(words[script + 1 :])).items():

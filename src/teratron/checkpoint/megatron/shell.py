@@ -16,8 +16,8 @@ _ASSIGNMENT = re.compile(r"(?:(?:export|local|readonly|declare(?:\s+-\w+)*)\s+)?
 _OPENS, _CLOSES = re.compile(r"(if|case|for|while|until)\b"), re.compile(r"(fi|esac|done)\b")
 _STREAM = re.compile(r"\d*(>>?|<)(&?\d*)")
 """The redirection of a stream, without its file."""
-_NAME = re.compile(r"\$(?:\{([^{}]*)\}|([A-Za-z_]\w*|[0-9@*#?]))")
-_DEFAULT = re.compile(r"([A-Za-z_]\w*)(?::?[-=])(.*)$", re.DOTALL)
+_NAME = re.compile(r"(?<!\\)\$(?:\{([^{}]*)\}|([A-Za-z_]\w*|[0-9@*#?]))")
+_DEFAULT = re.compile(r"([A-Za-z_]\w*|\d+)(?::?[-=])(.*)$", re.DOTALL)
 
 
 def read_script(path: Path) -> tuple[list[str], list[str]]:
@@ -36,7 +36,7 @@ def read_script(path: Path) -> tuple[list[str], list[str]]:
     depth, left_out = 0, list[str]()
     for statement in statements(text):
         depth += bool(_OPENS.match(statement)) - (depth > 0 and bool(_CLOSES.match(statement)))
-        left_out += re.findall(r"(?<!\S)--[a-z][\w-]*", statement) if depth else []
+        left_out += re.findall(r"(?<![\w-])--[a-z][\w-]*", statement) if depth else []
         words = _run(statement, variables) if not depth else []
         if any(word.endswith(".py") for word in words) or (words and words[0].startswith("--")):
             found = words
