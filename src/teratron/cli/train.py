@@ -44,10 +44,11 @@ def run(args: argparse.Namespace) -> int:
     code = _run_workers(args, config)
     if code is not None:
         return code
+    from teratron.tasks.evaluate.training import examiner
     from teratron.train import Trainer
     from teratron.train.commands import program
 
-    trainer = Trainer(config, args.run, device=args.device, fork_to=args.fork)
+    trainer = Trainer(config, args.run, device=args.device, fork_to=args.fork, examiner=examiner)
     trainer.console.say(trainer.config.describe())
     result = trainer.train()
     folder = shlex.quote(str(trainer.run))
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
             again = "start the same command again"
         trainer.console.say(f"stopped at step {result.step} of {trainer.config.train.steps}; to go on: {again}")
         return result.stopped
-    more = f"; try: {program()} generate {folder}" if trainer.config.model.family == "gpt" else ""
+    writes = trainer.config.model.family == "gpt" and trainer.config.model.head == "language"
+    more = f"; try: {program()} generate {folder}" if writes else ""
     trainer.console.say(f"done: {result.step} steps; report in {trainer.run / 'report.html'}{more}")
     return 0
 

@@ -129,8 +129,8 @@ class Model(nn.Module):
             given=mask,
             furthest=self.config.relative_distance,
         )
-        positions = state[f"{stream}positions"]
-        turned = rotary(self.config, positions, accurate(next(self.parameters()).dtype))
+        positions, weight = state[f"{stream}positions"], next(self.parameters(), None)
+        turned = rotary(self.config, positions, accurate(weight.dtype)) if weight is not None else None  # a head may have no weights
         return Shared(positions, turned, sight, mine["keys"], cache, real=real_tokens(state, stream))
 
     def sent(self, state: State) -> State:

@@ -189,11 +189,9 @@ def _commands(run: Path, config: dict[str, Any], history: History) -> str:
     goal, step = number(config.get("train.steps")), history.last("step")
     steps = 2 * step if step >= goal else goal
     place = shlex.quote(str(run))
+    writes = config.get("model.family", "gpt") == "gpt" and config.get("model.head", "language") == "language"
     commands = [
-        (
-            "Write with it",
-            f"teratron generate {place} {shlex.quote(prompt or 'Once upon a time')}" if config.get("model.family", "gpt") == "gpt" else "",
-        ),
+        ("Write with it", f"teratron generate {place} {shlex.quote(prompt or 'Once upon a time')}" if writes else ""),
         (
             "Train it further",
             f"teratron train {shlex.quote(str(run / 'config.toml'))} --run {place} --train.steps {steps:.0f}" if steps > 0 else "",
