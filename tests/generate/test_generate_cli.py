@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -134,3 +135,33 @@ def test_refused_prompt_leaves_the_old_output(tmp_path: Path) -> None:
     (tmp_path / "out.jsonl").write_text("old\n")
     assert main(["generate", "run", "x" * 100, "--output", str(tmp_path / "out.jsonl")]) == 2
     assert (tmp_path / "out.jsonl").read_text() == "old\n"
+
+
+def test_beams_are_printed_best_first_and_recorded_with_their_scores(loaded: LoadedModel, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    options = ["--beams", "3", "--samples", "2", "--length-penalty", "0.5", "--max-new-tokens", "9"]
+    assert main(["generate", "run", "Hi", *options, "--output", str(output)]) == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["prompt"] for record in records] == ["Hi", "Hi"]
+    assert records[0]["score"] >= records[1]["score"]
+    assert records[0]["text"] == generate(loaded, "Hi", beams=3, length_penalty=0.5, max_new_tokens=9)
+    assert not records[0]["finished"]
+
+
+def test_text_is_constrained(loaded: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "run", "Hi ", "--choice", "yes", "--choice", "no"]) == 0
+    assert capsys.readouterr().out in ("Hi yes\n", "Hi no\n")
+    pytest.importorskip("llguidance")
+    assert main(["generate", "run", "Hi", "--regex", " [0-9]{3}"]) == 0
+    assert re.fullmatch("Hi [0-9]{3}\n", capsys.readouterr().out)
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": false}')
+    assert main(["generate", "run", "Hi", "--beams", "2", "--json-schema", str(schema)]) == 0
+    assert capsys.readouterr().out in ('Hi{"n": 1}\n', 'Hi{"n": 2}\n')
+    assert main(["generate", "run", "Hi", "--regex", "[0-9]{30}", "--max-new-tokens", "5"]) == 0
+    assert "1 cut before the constraint was met: raise --max-new-tokens" in capsys.readouterr().err
+
+
+def test_a_schema_that_cannot_be_read_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "run", "Hi", "--json-schema", str(tmp_path / "none.json")]) == 2
+    assert "none.json: cannot be read as UTF-8 text" in capsys.readouterr().err

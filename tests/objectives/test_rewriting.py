@@ -127,7 +127,6 @@ def test_a_batch_is_a_function_of_its_samples_alone(name: str, family: str) -> N
         ({"objective.name": "prefix", "model.family": "encoder_decoder"}, "objective.name = prefix does not fit .*choose model.family gpt"),
         ({"objective.name": "denoising", "model.family": "gpt"}, "choose model.family encoder_decoder"),
         ({"objective.name": "next_token", "model.family": "encoder_decoder"}, "model.family gpt or xlnet, or objective.name span"),
-        ({"objective.name": "prefix", "model.position": "alibi"}, "model.position = alibi .*choose rope or relative"),
         ({"objective.name": "ul2", "data.isolate_documents": True}, "data.isolate_documents concerns objective.name = next_token"),
         ({"objective.name": "ul2", "objective.contrastive": 1.0}, "objective.contrastive = 1.0 goes with"),
     ],

@@ -50,8 +50,9 @@ BART: Keys = {
     "objective.noise_density": 0.3,
 }
 PREFIX: Keys = {**KEYS, "model.seq_length": 16, "model.vocab_size": VOCAB, "model.attention_dropout": 0.3, "objective.name": "prefix"}
+ALIBI: Keys = {**PREFIX, "model.position": "alibi"}
 UL2: Keys = {**PREFIX, "model.position": "relative", "model.kv_heads": 2, "objective.name": "ul2"}
-ALL = {"t5": T5, "t5-1.1": T5_1_1, "bart": BART, "prefix": PREFIX, "ul2": UL2}
+ALL = {"t5": T5, "t5-1.1": T5_1_1, "bart": BART, "prefix": PREFIX, "alibi": ALIBI, "ul2": UL2}
 STEPS = 3
 
 
@@ -101,7 +102,7 @@ def assert_layout_invisible(ranks: int, places: str, kind: str, **more: Any) -> 
         (2, "tensor 2 x sequence", "t5"),
         (2, "pipeline 2 zb-h1", "t5"),
         (2, "context 2 all_to_all", "t5-1.1"),
-        (2, "context 2 ring", "prefix"),
+        (2, "context 2 ring", "alibi"),
     ],
 )
 def test_a_layout_is_the_single_process(ranks: int, places: str, kind: str) -> None:
@@ -130,7 +131,7 @@ def test_every_kind_on_every_layout(ranks: int, places: str, kind: str) -> None:
         with pytest.raises(UserError, match=r"model.position = relative is: choose --parallel.context_method all_to_all"):
             train_rewriting(0, 1, {**ALL[kind], **layout(places)})
         return
-    if kind in ("prefix", "ul2") and "pipeline 4" in places:
+    if kind in ("prefix", "alibi", "ul2") and "pipeline 4" in places:
         places = "pipeline 2 dualpipev"
         ranks = 2
     assert_layout_invisible(ranks, places, kind)
