@@ -112,11 +112,24 @@ def is_refused(ranks: int, keys: Keys) -> bool:
     return False
 
 
-@settings(
-    max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
-)  # without shrinking: a rank that has failed ends the whole pool
+DRAWN = {"deadline": None, "derandomize": True, "database": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck)}
+"""Without shrinking: a rank that has failed ends the whole pool."""
+
+
+@settings(max_examples=8, **DRAWN)
 @given(trainings())
 def test_any_layout_is_invisible(drawn: tuple[int, Keys, tuple[int, ...]]) -> None:
+    assert_invisible(drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, **DRAWN)
+@given(trainings())
+def test_many_layouts_are_invisible(drawn: tuple[int, Keys, tuple[int, ...]]) -> None:
+    assert_invisible(drawn)
+
+
+def assert_invisible(drawn: tuple[int, Keys, tuple[int, ...]]) -> None:
     ranks, keys, shape = drawn
     if is_refused(ranks, keys):  # only heads that neither divide the ranks nor are divided by them, and odd shared experts
         pairs, tensor = keys["model.kv_heads"], keys["parallel.tensor"]

@@ -42,6 +42,7 @@ def test_published_bubbles(row: tuple[Any, ...]) -> None:
     agrees_with_the_paper(row)
 
 
+@pytest.mark.slow
 def test_all_published_bubbles(shared: Path) -> None:
     rows = json.loads((shared / "specs/published_extra.json").read_text("utf-8"))["pipeline_goldens"]["rows"]
     keys = ["p", "m", "TF", "TB", "TW", "Tcomm", "v_1F1B_I", "bubble"]

@@ -64,6 +64,7 @@ def run(folder: Path, ranks: int, megabytes: int) -> list[subprocess.CompletedPr
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory limits of a process are Linux's")
 def test_two_processes_train_what_one_cannot_hold(tmp_path: Path) -> None:
     (alone,) = run(tmp_path, 1, 280)

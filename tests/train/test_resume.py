@@ -97,7 +97,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / precision).mkdir()
         jobs.append({"command": ["train", *keys, "--device", "cpu"], **places})
     request = json.dumps({"jobs": jobs, "points": POINTS, "seed": 7})
-    done = subprocess.run([sys.executable, "-c", DRIVER, request], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([sys.executable, "-c", DRIVER, request], capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     (folder / "codes.json").write_text(json.dumps(dict(zip(PRECISIONS, json.loads(done.stdout), strict=True))))
     return folder

@@ -28,6 +28,7 @@ def test_three_seeds_reach_the_published_loss(shared: Path, tmp_path: Path) -> N
     assert fmean(losses) <= 1.90, losses
 
 
+@pytest.mark.slow
 def test_150_steps_are_on_the_way(shared: Path, tmp_path: Path) -> None:
     """A learning rate so high that it takes a warm-up, a decay and clipping to learn well: 2.391 to 2.402 over three seeds.
 
