@@ -31,7 +31,11 @@ FURTHER = [
     (4, LORA | {"model.family": "encoder_decoder", "model.position": "relative"}, "pipeline 2 x tensor 2 x sequence"),
     (4, DORA | {"model.family": "encoder", "train.recompute": "full"}, "tensor 2 x shard parameters"),
     (4, LORA | {"optim.groups": ("*.bias: lr=0.5",)}, "tensor 2 x sequence x shard parameters"),
-    (4, LORA | {"model.experts": 4, "model.shared_experts": 1, "model.bias": False}, "expert 2 x shard parameters"),
+    (
+        4,
+        LORA | {"model.experts": 4, "model.shared_experts": 1, "model.bias": False, "model.router_balance": "bias"},
+        "expert 2 x shard parameters",
+    ),
     (4, LORA | {"optim.name": "muon"}, "tensor 2 x shard optimizer"),
 ]
 

@@ -79,3 +79,5 @@ class Piece:
     """1-D view of the memory, as many elements as the boxes have."""
     first: bool = True
     """Whether this rank is the first of those that hold the same elements: only that one saves them."""
+    lasting: bool = False
+    """Whether the memory never changes while training goes on."""

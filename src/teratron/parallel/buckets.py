@@ -81,7 +81,7 @@ class Bucket:
         self.share = -(-size // self.owners.size)
         self.own = slice(self.owners.rank * self.share, (self.owners.rank + 1) * self.share)
         self.spans = [self._span(part) for part in parts if part.parameter in self.places]
-        self.trained = next(iter(parameters.values())).requires_grad
+        self.trained, self.lasting = next(iter(parameters.values())).requires_grad, False
         self._take_over(parameters, device)
         if self.trained:
             self._add_gradients()
@@ -151,7 +151,8 @@ class Bucket:
     def pieces(self, kind: str, flat: Tensor) -> Iterator[Piece]:
         """What is owned here of a tensor per part, such as a moment; flat is shaped like the owned slice."""
         for part, boxes, place in self.owned():
-            yield Piece(f"{kind}/{part.name}", part.shape, boxes, flat[place], part.first and self.sharding.copies.rank == 0)
+            first = part.first and self.sharding.copies.rank == 0
+            yield Piece(f"{kind}/{part.name}", part.shape, boxes, flat[place], first, self.lasting)
 
     def norm_ranges(self) -> list[tuple[slice, int]]:
         """The owned slice's ranges, relative to it, and how many ranks hold the same elements of a model."""

@@ -83,14 +83,15 @@ class FlatModel:
             for parameter in unit.parameters():
                 if id(parameter) not in owner:
                     name = names[id(parameter)]
-                    kind = parameter.dtype, parameter.requires_grad, id(parameter) in experts, name in tied
+                    # Frozen vectors, such as routers' biases, are small and written to from outside: they stay whole.
+                    whole = not parameter.requires_grad and parameter.dim() == 1
+                    kind = parameter.dtype, parameter.requires_grad, id(parameter) in experts, name in tied, whole
                     kinds.setdefault(kind, {})[name] = parameter
-            for (_, trained, expert, of_several), parameters in kinds.items():
+            for (_, trained, expert, of_several, whole), parameters in kinds.items():
                 late = of_several or any(users[id(parameter)] > 1 for parameter in parameters.values())
-                # Frozen vectors, such as routers' biases, are small and written to from outside: they stay whole.
-                whole = not trained and all(parameter.dim() == 1 for parameter in parameters.values())
                 sharding = self.whole if whole else self.expert_sharding if expert else self.sharding
                 bucket = Bucket(parameters, parts, replace(sharding, keep_gradients=sharding.keep_gradients or late), device)
+                bucket.lasting = not trained and not whole
                 self.buckets.append(bucket)
                 if late:
                     self._late.append(bucket)

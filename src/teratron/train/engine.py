@@ -101,7 +101,7 @@ class Engine:
         work = self.passes(batch, step=step, loss_scale=loss_scale)
         with around or nullcontext():
             norm = self.optimizer.step(number, lr, loss_scale)
-        if work.loads and self.config.model.router_balance == "bias":
+        if work.loads and self.config.model.router_balance == "bias" and not self.config.model.adapter_rank:
             rate = norm.isfinite() * torch.full_like(norm, self.config.model.bias_rate)
             loads = self._summed(work.loads, *self._token_axes)
             for model in self.stages.stages().values():
@@ -118,16 +118,18 @@ class Engine:
         return work
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> Tally:
+    def evaluate(self, batches: Iterable[Batch], scorer: Objective | None = None) -> Tally:
         """The terms over all batches of all data ranks together, nothing dropped out; every rank must bring as many batches.
+
+        scorer: what makes the terms, which may be vectors; None = the run's objective without what is for training alone.
 
         The layers' own terms are told, but the loss is the objective's alone.
         """
-        tally = Tally()
+        tally, scorer = Tally(), scorer or self.scorer
         with self.optimizer.judged():
             for batch in batches:
-                work = MicroBatches(self, self.scorer, self._padded(batch), tally)
-                tally.count(self.scorer.counts(work.batch) | layer_counts(self.model, work.batch))
+                work = MicroBatches(self, scorer, self._padded(batch), tally)
+                tally.count(scorer.counts(work.batch) | layer_counts(self.model, work.batch))
                 self._runtime(len(work.parts)).run(work, forward_only=True)
             self.flat.release()
         tally.counts = self._summed(tally.counts)
@@ -166,8 +168,7 @@ class Engine:
 
     def _reduced(self, tally: Tally) -> Tally:
         """Sums over the data and context ranks and the stages, any of which may have a term; the counts are so already."""
-        nothing = Term("", torch.zeros((), dtype=torch.float64, device=self.device), 0.0)
-        found = {name: tally.sums.get(name, nothing) for name in tally.counts}
+        found = {name: tally.sums.get(name, Term("", torch.zeros_like(count), 0.0)) for name, count in tally.counts.items()}
         sums = self._summed({name: term.sum for name, term in found.items()}, "context", "pipeline")
         if self.config.parallel.sequence:  # layers' terms are of the tokens at hand, which tensor ranks share
             for name in sorted(sums.keys() & LAYER_TERMS):  # a set's own order differs from process to process
@@ -182,10 +183,12 @@ class Engine:
         return ("context", "tensor") if self.config.parallel.sequence else ("context",)
 
     def _summed(self, values: dict[str, Tensor], *axes: str) -> dict[str, Tensor]:
-        """Values of one shape summed over the data ranks, and those along more axes, in one message."""
-        together = torch.stack([values[name].double() for name in sorted(values)])
+        """Values summed over the data ranks, and those along more axes, in one message."""
+        names = sorted(values)
+        together = torch.cat([values[name].double().flatten() for name in names])
         self.mesh.group(*DATA, *axes).sum(together).wait()
-        return dict(zip(sorted(values), together, strict=True))
+        pieces = together.split([values[name].numel() for name in names])
+        return {name: piece.view(values[name].shape) for name, piece in zip(names, pieces, strict=True)}
 
 
 class MicroBatches:
@@ -318,9 +321,9 @@ def pad_sequences(batch: Batch, multiple: int, streams: Mapping[str, bool]) -> B
         if missing and not causal and f"{stream}segments" not in padded:
             padded[f"{stream}segments"] = torch.zeros_like(batch[f"{stream}positions"])
             names.append(f"{stream}segments")
-        if missing:
-            real = torch.ones_like(batch[names[0]], dtype=torch.bool)
-            padded[f"{stream}real"] = torch.nn.functional.pad(real, (0, missing), value=False)
+        if missing and f"{stream}real" not in padded:
+            padded[f"{stream}real"] = torch.ones_like(batch[names[0]], dtype=torch.bool)
+            names.append(f"{stream}real")
         for name in names:
             padded[name] = torch.nn.functional.pad(padded[name], (0, missing), value=-1 if name.endswith("segments") else 0)
     return both_segments(padded, streams)  # another stream must not see a memory's padding

@@ -251,13 +251,13 @@ class Copier:
 
 
 def snapshot(pieces: list[Piece]) -> list[Piece]:
-    """What this rank saves, copied into host memory."""
-    return [replace(piece, values=piece.values.detach().to("cpu", copy=True)) for piece in saved_pieces(pieces)]
+    """What this rank saves, copied into host memory unless it lies there and stays as it is."""
+    return [replace(piece, values=piece.values.detach().to("cpu", copy=not piece.lasting)) for piece in saved_pieces(pieces)]
 
 
 def check_places(run: Path, config: CheckpointConfig, pieces: list[Piece], needed: int, machines: Machines) -> None:
     """Refuse what the first save would stumble over, on any rank; rank 0 goes before the others. needed: bytes of a checkpoint."""
-    copied = sum(piece.values.nbytes for piece in saved_pieces(pieces))
+    copied = sum(piece.values.nbytes for piece in saved_pieces(pieces) if not (piece.lasting and piece.values.device.type == "cpu"))
     if config.asynchronous and copied > free_memory():
         raise UserError(
             f"checkpoint.asynchronous copies {copied / 2**30:,.1f} GiB of state on each process before it writes them, "
