@@ -1,10 +1,12 @@
-"""The parity metric of all layouts (contract C1): how two states of the same training may differ."""
+"""How two states of the same training may differ (contract C1), and models of `transformers` under our names."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from teratron.checkpoint import open_weights
@@ -32,3 +34,12 @@ def read_weights(source: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """A model's config and all its parts, wherever they lie."""
     weights = open_weights(source)
     return weights.config, {entry.name: entry.values() for entry in weights.parts}
+
+
+def gradients(model: Any, folder: Path) -> dict[str, Tensor]:
+    """Gradients of a `transformers` model's parameters under our names; its weights are gone."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    model.save_pretrained(folder)
+    return read_weights(folder)[1]

@@ -63,6 +63,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**GROUPED, "query_pre_attn_scalar": 16, "sliding_window": 9, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     ),
     "gpt-neox": ("GPTNeoXForCausalLM", {**LONG, "rotary_pct": 0.5, "hidden_act": "gelu"}),
+    "cohere": ("CohereForCausalLM", {**LONG, "num_key_value_heads": 2, "logit_scale": 1.0}),
     "bloom": ("BloomForCausalLM", {"vocab_size": VOCAB, "hidden_size": 48, "n_layer": 2, "n_head": 4}),
     "deepseek-v3": ("DeepseekV3ForCausalLM", {**DEEPSEEK, "rope_parameters": {**YARN, **SCALES}}),
     "deepseek-v2": (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import read_weights
+from parity import gradients, read_weights
 from torch import Tensor
 
 from teratron.config import Config
@@ -41,12 +41,6 @@ def theirs(variant: str) -> Any:
             centre = 1.0 if parameter.dim() == 1 and path.endswith("weight") else 0.0
             parameter.copy_(centre + 0.15 * torch.randn(parameter.shape, generator=generator))
     return model.float().eval()
-
-
-def by_part(model: Any, folder: Path) -> dict[str, Tensor]:
-    """A `transformers` model's parameters under our names."""
-    model.save_pretrained(folder)
-    return read_weights(folder)[1]
 
 
 def ours(model: Any, folder: Path) -> Model:
@@ -93,10 +87,7 @@ def test_logits_and_gradients_equal_transformers(variant: str, tmp_path: Path) -
 
 def compare_gradients(model: Any, twin: Model, folder: Path) -> None:
     """Every part's gradient to 1e-4 of its largest element; a key's bias, whose exact gradient is 0, to the model's."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.grad)
-    expected = by_part(model, folder)
+    expected = gradients(model, folder)
     parameters = dict(twin.named_parameters())
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     assert {part.name for part in parts_of(twin)} == set(expected)

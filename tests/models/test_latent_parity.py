@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from parity import gradients, read_weights
 
 from teratron.config import Config, ModelConfig
+from teratron.config.meaning import meaning
 from teratron.models import GPT, build_model, load_parts, parameter_count, parts_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle: pip install transformers")
@@ -83,58 +84,16 @@ def theirs(name: str, settings: dict[str, Any]) -> Any:
     return model.float().eval()
 
 
-def by_part(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Their tensors under our names: rotated features in halves instead of pairs, gates and ups apart."""
-    return {name: tensor for path, value in tensors.items() for name, tensor in _parts(path, value, config)}
-
-
-LINEAR = {
-    "self_attn.q_proj": "attention.q", "self_attn.k_proj": "attention.k", "self_attn.v_proj": "attention.v",
-    "self_attn.o_proj": "attention.output", "self_attn.q_a_proj": "attention.q_down", "self_attn.q_a_layernorm": "attention.q_down_norm",
-    "self_attn.q_b_proj": "attention.q_up", "self_attn.kv_a_layernorm": "attention.kv_down_norm", "self_attn.kv_b_proj": "attention.kv_up",
-    "self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm",
-    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate.weight": "ffn.router.weight",
-    "mlp.gate.e_score_correction_bias": "ffn.router.bias", "mlp.experts.down_proj": "ffn.experts.down.weight",
-    "mlp.shared_experts": "ffn.shared", "mlp.gate_proj": "ffn.gate", "mlp.up_proj": "ffn.up", "mlp.down_proj": "ffn.down",
-}  # fmt: skip
-
-
-def _parts(path: str, value: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    path = path.removeprefix("model.")
-    whole = {"embed_tokens": "embedding.tokens", "norm": "head.norm", "lm_head": "head.output"}
-    if not path.startswith("layers."):
-        name, _, kind = path.rpartition(".")
-        yield f"{whole[name]}.{kind}", value
-        return
-    _, layer, rest = path.split(".", 2)
-    ours = f"blocks.{layer}"
-    if rest == "mlp.experts.gate_up_proj":
-        gate, up = value.chunk(2, dim=1)
-        yield from ((f"{ours}.ffn.experts.gate.weight", gate), (f"{ours}.ffn.experts.up.weight", up))
-    elif rest == "self_attn.kv_a_proj_with_mqa.weight":
-        latent, rotated = value.split([config.latent, config.rope_dim])
-        yield from ((f"{ours}.attention.latent.weight", latent), (f"{ours}.attention.k_rotated.weight", halves(rotated, config.rope_dim)))
-    else:
-        name = next(name for name in sorted(LINEAR, key=len, reverse=True) if rest.startswith(name))
-        rotated = config.latent and name in ("self_attn.q_proj", "self_attn.q_b_proj")
-        tail = rest.removeprefix(name).replace("_proj", "")
-        yield f"{ours}.{LINEAR[name]}{tail}", halves(value, config.rope_dim) if rotated else value
-
-
-def halves(rows: Tensor, rotated: int) -> Tensor:
-    """The last rows of each head (or all, of one), which are pairs of features, as two halves."""
-    heads = rows.view(-1, 24 if len(rows) > rotated else rotated, rows.shape[-1])
-    plain, pairs = heads.tensor_split([heads.shape[1] - rotated], dim=1)
-    return torch.cat((plain, pairs[:, 0::2], pairs[:, 1::2]), dim=1).flatten(0, 1)
-
-
 @pytest.mark.parametrize("variant", MODELS)
-def test_logits_and_gradients_equal_transformers(variant: str) -> None:
-    name, settings, config = MODELS[variant]
+def test_logits_and_gradients_equal_transformers(variant: str, tmp_path: Path) -> None:
+    name, settings, expected_config = MODELS[variant]
     model = theirs(name, settings)
+    model.save_pretrained(tmp_path / "weights")
+    config, weights = read_weights(tmp_path / "weights")
+    assert meaning(config) == meaning(expected_config)
     twin = build_model(config)
     assert isinstance(twin, GPT)
-    load_parts(twin, by_part({**dict(model.named_parameters()), **dict(biases(model))}, config))
+    load_parts(twin, weights)
     tokens, targets = torch.randint(VOCAB, (2, 2, LENGTH), generator=torch.Generator().manual_seed(5)).unbind()
 
     expected = model(tokens).logits
@@ -146,16 +105,12 @@ def test_logits_and_gradients_equal_transformers(variant: str) -> None:
 
     F.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
     (twin.head.output.loss_sum(hidden, targets, torch.ones(targets.shape)) / targets.numel()).backward()
-    right = by_part({path: parameter.grad for path, parameter in model.named_parameters()}, config)
+    right = gradients(model, tmp_path / "gradients")
     parameters = dict(twin.named_parameters())
     for part in parts_of(twin):
         if not part.name.endswith("router.bias"):
             gradient = part.of(parameters[part.parameter].grad)
             assert float((gradient - right[part.name]).abs().max()) <= 1e-4 * float(right[part.name].abs().max()), part.name
-
-
-def biases(model: Any) -> Iterator[tuple[str, Tensor]]:
-    return ((path, buffer) for path, buffer in model.named_buffers() if path.endswith("e_score_correction_bias"))
 
 
 def test_a_cache_of_latents_changes_nothing() -> None:

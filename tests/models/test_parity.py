@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import read_weights
-from torch import Tensor
+from parity import gradients, read_weights
 
 from teratron.models import GPT, build_model, load_parts, parts_of
 
@@ -46,12 +45,6 @@ def theirs(family: str, changes: dict[str, Any]) -> Any:
     return model.float().eval()
 
 
-def by_part(model: Any, folder: Path) -> dict[str, Tensor]:
-    """A `transformers` model's parameters under our names."""
-    model.save_pretrained(folder)
-    return read_weights(folder)[1]
-
-
 def ours(model: Any, folder: Path) -> GPT:
     model.save_pretrained(folder)
     config, tensors = read_weights(folder)
@@ -83,10 +76,7 @@ def test_logits_and_gradients_equal_transformers(variant: str, tmp_path: Path) -
 
 def compare_gradients(model: Any, twin: GPT, folder: Path) -> None:
     """Every part's gradient to 1e-4 of its largest element; a key bias, whose exact gradient is 0 without rotation, to the model's."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.grad)
-    expected = by_part(model, folder)
+    expected = gradients(model, folder)
     parameters = dict(twin.named_parameters())
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     for part in parts_of(twin):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import read_weights
+from parity import gradients, read_weights
 from torch import Tensor, nn
 
 from teratron.models import build_model, load_parts, parts_of
@@ -44,12 +44,6 @@ def theirs(variant: str) -> Any:
     return model.float().eval()
 
 
-def by_part(model: Any, folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    """A `transformers` model's config and parameters as ours."""
-    model.save_pretrained(folder)
-    return read_weights(folder)
-
-
 def close(found: Tensor, expected: Tensor) -> None:
     """To 1e-5 of the largest."""
     scale = float(expected.detach().abs().max())
@@ -60,7 +54,8 @@ def close(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_and_gradients_equal_transformers(variant: str, tmp_path: Path) -> None:
     model = theirs(variant)
-    config, tensors = by_part(model, tmp_path / "weights")
+    model.save_pretrained(tmp_path / "weights")
+    config, tensors = read_weights(tmp_path / "weights")
     twin = build_model(config)
     load_parts(twin, tensors)
     draw = torch.Generator().manual_seed(5)
@@ -79,10 +74,7 @@ def test_logits_and_gradients_equal_transformers(variant: str, tmp_path: Path) -
     assert found.item() == pytest.approx(loss.item(), rel=1e-5)
     loss.backward()
     found.backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.grad)
-    expected = by_part(model, tmp_path / "gradients")[1]
+    expected = gradients(model, tmp_path / "gradients")
     parameters = dict(twin.named_parameters())
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     assert {part.name for part in parts_of(twin)} == set(expected)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import gradients, read_weights
 from torch import Tensor
 
-from teratron.config import Config, ModelConfig
+from teratron.config import Config
 from teratron.models import Model, State, build_model, load_parts, parameter_count, parts_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle: pip install transformers")
 
 VOCAB, LENGTH, HIDDEN, HEADS, LAYERS, PREDICTED = 83, 20, 48, 4, 2, 6
-LAYER = {
-    "rel_attn.layer_norm": "attention_norm",
-    "ff.layer_norm": "ffn_norm",
-    "ff.layer_1": "ffn.up",
-    "ff.layer_2": "ffn.down",
-}
 
 
 def theirs() -> Any:
@@ -37,30 +34,12 @@ def theirs() -> Any:
     return model.float().eval()
 
 
-def by_part(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their parameters, or gradients of them, under our names; without what concerns segments A and B, which ours has not."""
-    found = {"embedding.tokens.weight": named["transformer.word_embedding.weight"], "head.output.bias": named["lm_loss.bias"]}
-    found["embedding.query.weight"] = named["transformer.mask_emb"][0]
-    for layer in range(LAYERS):
-        here, there = f"blocks.{layer}", f"transformer.layer.{layer}"
-        for name, own in LAYER.items():
-            found |= {f"{here}.{own}.{kind}": named[f"{there}.{name}.{kind}"] for kind in ("weight", "bias")}
-        for name, own in {"q": "q", "k": "k", "v": "v", "r": "distance"}.items():
-            found[f"{here}.attention.{own}.weight"] = named[f"{there}.rel_attn.{name}"].flatten(1).t()
-        found[f"{here}.attention.output.weight"] = named[f"{there}.rel_attn.o"].flatten(1)
-        found[f"{here}.attention.content_bias.weight"] = named[f"{there}.rel_attn.r_w_bias"].flatten()
-        found[f"{here}.attention.distance_bias.weight"] = named[f"{there}.rel_attn.r_r_bias"].flatten()
-    return found
-
-
-def ours(model: Any, recurrence: int = 0) -> Model:
-    length = LENGTH * 2 if recurrence else LENGTH
-    config = ModelConfig(
-        family="xlnet", position="transformer_xl", norm_place="post", norm_eps=1e-12, layers=LAYERS, hidden=HIDDEN, heads=HEADS,
-        ffn=80, vocab_size=VOCAB, seq_length=length, recurrence=recurrence,
-    )  # fmt: skip
-    twin = build_model(config)
-    load_parts(twin, by_part({name: parameter.detach() for name, parameter in model.named_parameters()}))
+def ours(model: Any, folder: Path, recurrence: int = 0) -> Model:
+    """Without what concerns segments A and B, which ours has not."""
+    model.save_pretrained(folder)
+    config, weights = read_weights(folder)
+    twin = build_model(replace(config, seq_length=LENGTH * 2 if recurrence else LENGTH, recurrence=recurrence))
+    load_parts(twin, weights)
     return twin
 
 
@@ -90,13 +69,13 @@ def close(found: Tensor, expected: Tensor) -> None:
     assert float((found - expected).detach().abs().max()) <= 1e-5 * scale
 
 
-def assert_learns_alike(model: Any, logits: Tensor, twin: Model, state: State, labels: Tensor) -> None:
+def assert_learns_alike(model: Any, logits: Tensor, twin: Model, state: State, labels: Tensor, folder: Path) -> None:
     """Logits, the sum of losses, and every part's gradient to 1e-4 of its largest element."""
     hidden = twin(state)["hidden"]
     close(twin.head.output(hidden), logits)
     F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
     twin.head.output.loss_sum(hidden, labels, torch.ones(labels.shape)).backward()
-    expected = by_part({name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()})
+    expected = gradients(model, folder)
     parameters = dict(twin.named_parameters())
     for part in parts_of(twin):
         gradient, right = part.of(parameters[part.parameter].grad), expected[part.name]
@@ -104,23 +83,23 @@ def assert_learns_alike(model: Any, logits: Tensor, twin: Model, state: State, l
         assert float((gradient - right).abs().max()) <= 1e-4 * float(right.abs().max()), part.name
 
 
-def test_both_streams_equal_transformers() -> None:
+def test_both_streams_equal_transformers(tmp_path: Path) -> None:
     model = theirs()
     tokens, turns, places, labels = drawn(1)
     logits = model(tokens, **theirs_of(turns, places)).logits
-    assert_learns_alike(model, logits, ours(model), state_of(tokens, turns, places), labels)
+    assert_learns_alike(model, logits, ours(model, tmp_path / "weights"), state_of(tokens, turns, places), labels, tmp_path / "gradients")
 
 
-def test_the_content_alone_equals_transformers_from_left_to_right() -> None:
+def test_the_content_alone_equals_transformers_from_left_to_right(tmp_path: Path) -> None:
     """Then it is Transformer-XL, but for XLNet's details."""
     model = theirs()
-    tokens, twin = drawn(2)[0], ours(model)
+    tokens, twin = drawn(2)[0], ours(model, tmp_path / "weights")
     mask = torch.ones(LENGTH, LENGTH).triu(1).expand(2, -1, -1)
     state = {name: tensor for name, tensor in state_of(tokens, tokens, tokens).items() if name in ("tokens", "positions")}
     close(twin.head.output(twin(state)["hidden"]), model(tokens, perm_mask=mask).logits)
 
 
-def test_memory_equals_transformers_mems() -> None:
+def test_memory_equals_transformers_mems(tmp_path: Path) -> None:
     """Two stretches of one sample against two calls, the second with what the first has left: no gradient flows back to it."""
     model = theirs()
     first, second = drawn(3), drawn(4)
@@ -129,7 +108,8 @@ def test_memory_equals_transformers_mems() -> None:
     tokens, turns, places, labels = (torch.cat(pair, dim=1) for pair in zip(first, second, strict=True))
     places = places + LENGTH * (torch.arange(2 * PREDICTED) >= PREDICTED)
     logits = torch.cat([before.logits, after.logits], dim=1)
-    assert_learns_alike(model, logits, ours(model, recurrence=LENGTH), state_of(tokens, turns, places), labels)
+    twin = ours(model, tmp_path / "weights", recurrence=LENGTH)
+    assert_learns_alike(model, logits, twin, state_of(tokens, turns, places), labels, tmp_path / "gradients")
 
 
 def test_presets_have_the_published_sizes() -> None:

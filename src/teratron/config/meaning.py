@@ -34,6 +34,7 @@ def meaning(model: ModelConfig) -> dict[str, Any]:
 def _unused(model: ModelConfig) -> set[str]:
     """Keys of what the model has not."""
     unused = set() if model.experts else set(_EXPERTS)
+    unused |= {"ffn"} if all(map(model.routed, range(model.layers))) else set()
     unused |= {"groups_per_token"} if model.router_groups == 1 else set()
     unused |= set() if model.position == "rope" else set(_ROTARY)
     unused |= {"rope_slow", "rope_fast", "rope_sharpness"} if model.rope_scaling in ("none", "linear", "ntk") else set()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from teratron.checkpoint.huggingface.decoders import DECODERS
+from teratron.checkpoint.huggingface.deepseek import DEEPSEEKS
 from teratron.checkpoint.huggingface.encoder_decoders import ENCODER_DECODERS
 from teratron.checkpoint.huggingface.encoders import ENCODERS
 from teratron.checkpoint.huggingface.layouts import Link
@@ -27,7 +28,7 @@ from teratron.checkpoint.source import Weights, tokenizer_in
 from teratron.checkpoint.stream import Entry
 from teratron.config import ModelConfig, UserError
 
-ARCHITECTURES: tuple[Architecture, ...] = (*LLAMAS, *DECODERS, *ENCODERS, *ENCODER_DECODERS)
+ARCHITECTURES: tuple[Architecture, ...] = (*LLAMAS, *DEEPSEEKS, *DECODERS, *ENCODERS, *ENCODER_DECODERS)
 _BUFFERS = re.compile(r".*(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq|embeddings\.position_ids|\.attention\.(bias|masked_bias))")
 """Constants that files hold among the weights: causal masks, rotary frequencies, places."""
 _TABLES = re.compile(r"(model\.)?(en|de)coder\.embed_tokens\.weight|model\.shared\.weight")
