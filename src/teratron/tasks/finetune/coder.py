@@ -35,11 +35,12 @@ class Coder:
         """length: of the longest sequence, in tokens. Raises `UserError` for a tokenizer without the tokens of the frame."""
         self.tokenizer, self.config, self.length = tokenizer, config, length
         self.cls = self._role("cls") if config.family == "encoder" else None
-        self.end = self._role("sep") if config.family != "gpt" else tokenizer.eod
+        end = self._role("sep") if config.family != "gpt" else tokenizer.eod
         self.start = self._role("pad") if config.family == "encoder_decoder" else None
         """What a decoder that answers an encoder begins with."""
-        if self.end is None:
+        if end is None:
             raise UserError("this tokenizer has no end-of-document token, which ends what a decoder reads: choose a model that has one")
+        self.end = end
 
     def _role(self, role: str) -> int:
         found = find_role(self.tokenizer, role)

@@ -50,7 +50,7 @@ class Prefer(Task):
         return {"model.dropout": 0.0}
 
     def examples(self, rows: Sequence[Row], coder: Coder) -> list[Example]:
-        writer, cut, examples = Writer(template_of(self.options.template, coder.tokenizer), coder.tokenizer), 0, []
+        writer, cut, examples = Writer(template_of(self.options.template, coder.tokenizer), coder.tokenizer), 0, list[Example]()
         for row in rows:
             whole = [writer.turns([*row["messages"], {"role": "assistant", "content": row[side]}]) for side in ("chosen", "rejected")]
             turns = _alike(whole, coder.length + 1 - len(writer.begin))
