@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from teratron.checkpoint import TrainingState, open_checkpoint, saved_state
 from teratron.checkpoint.exchange import open_weights
+from teratron.checkpoint.megatron.planned import Chunk, Planner
 from teratron.checkpoint.megatron.write import Layout, write_megatron
 from teratron.checkpoint.source import Weights
 from teratron.checkpoint.stream import Entry
 from teratron.cli.main import main
-from teratron.config import ModelConfig, UserError
+from teratron.config import Config, ModelConfig, UserError
 from teratron.models import build_model, parts_of
 
 GPT2 = ModelConfig(layers=4, hidden=16, heads=4, seq_length=12, vocab_size=50, vocab_multiple=16)
@@ -178,6 +180,68 @@ def test_padding_of_the_vocabulary_follows_the_tensor_ranks(tmp_path: Path) -> N
 def run(tmp_path: Path) -> Path:
     old_run(tmp_path / "run", random_parts(GPT2), 2, 1, 3.0, NEWER_NAMES)
     return tmp_path / "run"
+
+
+def with_optimizer(content: dict[str, Any]) -> None:
+    """As Megatron-LM's optimizer of half types: groups of parameters that decay or not, which have numbers in place of names."""
+    weights = {name: tensor for name, tensor in content["model"].items() if tensor is not None}
+    groups = [[name for name, weight in weights.items() if (weight.dim() > 1) is decays] for decays in (False, True)]
+    numbers = {name: number for number, name in enumerate(name for group in groups for name in group)}
+    content["optimizer"] = {
+        "optimizer": {
+            "state": {numbers[name]: {"exp_avg": 2 * weight, "exp_avg_sq": weight**2} for name, weight in weights.items()},
+            "param_groups": [
+                {"params": [numbers[name] for name in group], "wd_mult": float(decays)} for decays, group in enumerate(groups)
+            ],
+        },
+        "fp32_from_fp16_params": [[weights[name] + 1 for name in group] for group in groups],
+    }
+    trained = {"micro_batch_size": 1, "global_batch_size": 4, "lr": 1e-3, "train_iters": 20, "lr_decay_style": "constant"}
+    content["args"].__dict__.update(trained)
+
+
+def assert_state(folder: Path, parts: Parts) -> None:
+    """Of a checkpoint that `with_optimizer` made."""
+    checkpoint = open_checkpoint(folder)
+    assert saved_state(checkpoint) == TrainingState(7, 7 * 4 * 12, phases=(20,))
+    assert_same(checkpoint.load("weight/"), {name: part + 1 for name, part in parts.items()})
+    assert_same(checkpoint.load("moment1/"), {name: 2 * part for name, part in parts.items()})
+    assert_same(checkpoint.load("moment2/"), {name: part**2 for name, part in parts.items()})
+
+
+@pytest.mark.parametrize("layout", [Layout(2), Layout(1, 2)])
+def test_the_optimizer_of_rank_files_goes_on(tmp_path: Path, layout: Layout) -> None:
+    parts = random_parts(LLAMA)
+    folder = write_megatron(weights_of(LLAMA, parts), tmp_path / "theirs", layout, "legacy")
+    for path in folder.rglob("*.pt"):
+        content = torch.load(path, weights_only=False)
+        with_optimizer(content)
+        torch.save(content, path)
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "run"), "--to", "run"]) == 0
+    assert_state(tmp_path / "run/checkpoints/step-00000007", parts)
+    assert Config.load(tmp_path / "run").optim.schedule == "constant"
+
+
+def test_the_optimizer_of_torch_dist_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where it is stored by parameter."""
+    parts, states = random_parts(LLAMA), {"fp32_param": lambda x: x + 1, "exp_avg": lambda x: 2 * x, "exp_avg_sq": lambda x: x**2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_megatron(weights_of(LLAMA, parts), tmp_path / "weights", Layout())
+        assert main(["convert", str(tmp_path / "weights"), str(tmp_path / "run"), "--to", "run"]) == 2
+        assert "holds no exp_avg by parameter" in capsys.readouterr().err
+
+        def more(chunks: list[Chunk], objects: Any) -> Planner:
+            named = [(c, f"optimizer.state.{kind}.{c.name}", change) for c in chunks for kind, change in states.items()]
+            return Planner([*chunks, *(c._replace(name=n, values=lambda c=c, f=f: f(c.values())) for c, n, f in named)], objects)  # type: ignore[misc]
+
+        monkeypatch.setattr("teratron.checkpoint.megatron.planned.Planner", more)
+        folder = write_megatron(weights_of(LLAMA, parts), tmp_path / "theirs", Layout())
+    common = torch.load(folder / "common.pt", weights_only=False)
+    with_optimizer(common | {"model": {}})
+    torch.save(common, folder / "common.pt")
+    assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "run"), "--to", "run"]) == 0
+    assert_state(tmp_path / "run/checkpoints/step-00000007", parts)
 
 
 def changed(run: Path, change: Any, rank: int = 0) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "write a model's weights into one safetensors file, or for another system"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-TARGETS = ("weights", "huggingface", "megatron", "llama2c", "peft")
+TARGETS = ("weights", "huggingface", "megatron", "llama2c", "peft", "run")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +99,12 @@ def _megatron(weights: Weights, args: argparse.Namespace) -> str:
     return f"; Megatron-LM reads it with --load {args.output}"
 
 
+def _run(weights: Weights, args: argparse.Namespace) -> str:
+    from teratron.checkpoint.megatron.resume import write_run
+
+    return f" with its optimizer's state, as {write_run(args.source, args.output)}"
+
+
 def _llama2c(weights: Weights, args: argparse.Namespace) -> str:
     from teratron.checkpoint.llama2c import write_llama2c
 
@@ -127,5 +133,6 @@ WRITERS: dict[str, Callable[[Weights, argparse.Namespace], str]] = {
     "megatron": _megatron,
     "llama2c": _llama2c,
     "peft": _peft,
+    "run": _run,
 }
 """Each writes, and tells what there is to know."""

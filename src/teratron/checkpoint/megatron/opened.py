@@ -90,7 +90,7 @@ def open_iteration(folder: Path) -> Opened:
     content = files[0].content
     found = join_ranks(files, of_model, int(args.get("num_experts") or 0))
     kind = _kind(place, found)
-    return Opened(place, args, kind, _step(place, content), _reordered(found, args, content), content, tuple(files))
+    return Opened(place, args, kind, _step(place, content), in_todays_order(found, args, content), content, tuple(files))
 
 
 def _open_distributed(place: Path) -> Opened:
@@ -145,7 +145,7 @@ def _kind(place: Path, names: Mapping[str, Any]) -> Kind:
     return "bert" if any(name.startswith(("lm_head.", "binary_head.", "embedding.tokentype_embeddings.")) for name in names) else "gpt"
 
 
-def _reordered(tensors: dict[str, list[Stored]], args: Mapping[str, Any], content: Mapping[str, Any]) -> Pieces:
+def in_todays_order(tensors: dict[str, list[Stored]], args: Mapping[str, Any], content: Mapping[str, Any]) -> Pieces:
     """With queries, keys and values in today's order."""
     version, given = float(content.get("checkpoint_version") or 0), Given(args)
     if version >= 2:
