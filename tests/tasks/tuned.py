@@ -5,13 +5,19 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from teratron.cli.main import main
 from teratron.config import Config, ModelConfig
 from teratron.data.tokenizer import ByteTokenizer, load_tokenizer
+from teratron.models import State
+from teratron.models.join import Join
 from teratron.tasks.finetune.coder import Coder
 from teratron.train import Trainer
 
@@ -80,3 +86,26 @@ def encoder(length: int = 24) -> Coder:
 def decoder(length: int = 24) -> Coder:
     """Of bytes."""
     return Coder(ByteTokenizer(), ModelConfig(vocab_size=257), length)
+
+
+def reading(objective: str, classes: int) -> Config:
+    """That of a task which reads."""
+    keys = {"objective.name": objective, "data.examples": "made here", "model.head": "classes", "model.classes": classes}
+    return Config().override(keys)
+
+
+class Reader(nn.Module):
+    """A model that says of each token what a function of its inputs says: a class, or scores of each class."""
+
+    def __init__(self, says: Callable[[State], Tensor], classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.says, self.classes, self.head = says, classes, self
+        self.join = Join()
+
+    def forward(self, inputs: State) -> State:
+        return inputs
+
+    def scores(self, state: State) -> Tensor:
+        found = self.says(state)
+        return found if found.dim() == 3 else functional.one_hot(found, self.classes).double()
