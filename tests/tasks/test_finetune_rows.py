@@ -34,7 +34,7 @@ def test_files_of_parallel_text_are_sources_and_then_targets(tmp_path: Path) -> 
     rows = read_table([tmp_path / name for name in lines], parallel=True).rows
     assert [(row["source"], row["target"]) for row in rows] == [("one", "eins"), ("two", "zwei"), ("three", "drei")]
     (tmp_path / "b.de").write_text("", "utf-8")
-    with pytest.raises(UserError, match="3 lines in the first half of the files .*, 2 in the second: parallel text has as many"):
+    with pytest.raises(UserError, match=r"3 lines in the first half of the files .*, 2 in the second: parallel text has as many"):
         read_table([tmp_path / name for name in lines], parallel=True)
 
 
@@ -48,7 +48,7 @@ def test_columns_are_found_by_their_usual_names_and_named_otherwise() -> None:
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ({}, "x.jsonl: no column 'answers' or 'answer'; found query, passage, solution: name it with --columns answers=COLUMN"),
+        ({}, "x.jsonl: no column 'answers' or 'answer'; found query, passage, solution, empty: name it with --columns answers=COLUMN"),
         ({"answers": "solutoin"}, "no column 'solutoin'; found query"),
         ({"answer": "solution"}, r"--columns answer=solution: this task has no such column \(did you mean 'answers'\?\)"),
         ({"answers": "empty"}, "example 1: its 'empty' is missing: fill it, or leave the example out"),
@@ -62,7 +62,7 @@ def test_missing_columns_are_named_with_what_is_there(named: dict[str, str], mes
 
 def test_absent_and_empty_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n\n")
-    with pytest.raises(UserError, match="train.jsonl: holds no example; give another file"):
+    with pytest.raises(UserError, match=r"train.jsonl: holds no example; give another file"):
         read_table([tmp_path / "train.jsonl"])
     with pytest.raises(UserError, match=r"trian.jsonl: no such file \(did you mean 'train.jsonl'\?\)"):
         read_table([tmp_path / "trian.jsonl"])
