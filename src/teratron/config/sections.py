@@ -313,6 +313,12 @@ class TrainConfig(Section):
     Better is a higher accuracy where the objective has one, else a lower held-out loss."""
     eval_batches: int = key(0, at_least(0))
     """Global batches of one evaluation; 0 = the whole validation data."""
+    eval_tasks: tuple[str, ...] = key(())
+    """Tasks of `teratron eval` that are measured while the run learns, as TASK:FILE such as `choice:arc_easy.jsonl`."""
+    eval_tasks_every: int = key(0, at_least(0))
+    """Steps between these measurements; 0 = only after the last step."""
+    eval_tasks_limit: int = key(200, at_least(0))
+    """Examples of each file that are measured, the first ones; 0 = all."""
     recompute: Literal["none", "selective", "full"] = key("none")
     """Activations made again in the backward pass instead of kept: none, those inside attention, or whole blocks."""
     recompute_every: int = key(1, at_least(1))
@@ -338,6 +344,9 @@ class TrainConfig(Section):
                 f"train.recompute_every = {self.recompute_every} with train.recompute = none, which makes nothing again: "
                 "set --train.recompute full or selective, or leave train.recompute_every out"
             )
+        for item in self.eval_tasks:
+            if not all(item.partition(":")):
+                raise UserError(f"train.eval_tasks = {item}: expected TASK:FILE, such as choice:arc_easy.jsonl")
         if self.patience and not self.eval_every:
             raise UserError(f"train.patience = {self.patience} counts evaluations, train.eval_every = 0 makes none: set train.eval_every")
 

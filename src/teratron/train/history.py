@@ -99,7 +99,7 @@ class History:
             if event["event"] in BEGINNINGS:
                 kept = {key: old for key, old in kept.items() if not number(old.get("step")) > number(event.get("step"))}
             elif event["event"] == kind:
-                kept[tuple(str(event.get(name)) for name in ("step", "name", "prompt", "text"))] = event
+                kept[tuple(str(event.get(name)) for name in ("step", "name", "prompt", "text", "task", "file"))] = event
         return sorted(kept.values(), key=step_of)
 
     def last(self, name: str) -> float:

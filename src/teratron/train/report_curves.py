@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
+from pathlib import PurePath
 from typing import Any
 
 from teratron.train.charts import Lane, Rule, Series, line_chart
@@ -17,7 +18,7 @@ from teratron.train.report_page import details, duration
 LANES = {
     "saves": ("save",),
     "copies": ("copy",),
-    "evaluations": ("eval",),
+    "evaluations": ("eval", "task"),
     "stragglers": ("straggler",),
     "bad numbers": ("skip", "bad_numbers", "spike", "corruption"),
     "restarts": ("restart", "resume"),
@@ -120,7 +121,20 @@ def _small_charts(config: dict[str, Any], history: History) -> list[str]:
         scales = [Series(name.replace("_", " "), measured, [number(event.get(name)) for event in noise]) for name in NOISE]
         scales[1] = replace(scales[1], hue=2)
         charts.append(chart(scales, title="Noise scale", y_label="sequences", log_y=True))
-    return charts
+    return [*charts, *_task_charts(history, chart)]
+
+
+def _task_charts(history: History, chart: Callable[..., str]) -> Iterator[str]:
+    """One a task and file of `train.eval_tasks`: the first of its metrics."""
+    found: dict[tuple[str, str], list[Event]] = {}
+    for event in history.of_kind("task"):
+        if isinstance(event.get("metrics"), dict) and event["metrics"]:
+            found.setdefault((str(event.get("task")), PurePath(str(event.get("file"))).name), []).append(event)
+    for (task, file), events in found.items():
+        metric = next(iter(events[-1]["metrics"]))
+        values = [number(event["metrics"].get(metric)) for event in events]
+        curve = Series("", [step_of(event) for event in events], values, 2, "dots")
+        yield chart([curve], title=f"{task}, {file}", y_label=metric.replace("_", " "))
 
 
 def _tooltip(history: History, step: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 SCALARS = {
@@ -15,5 +16,7 @@ SCALARS = {
 
 def scalars(event: Mapping[str, Any]) -> dict[str, float]:
     """An event's curves and numbers; none for other kinds of events, and without the missing."""
+    if event["event"] == "task":
+        return {f"{event['task']}/{PurePath(event['file']).name}/{name}": value for name, value in event["metrics"].items()}
     tags = SCALARS.get(event["event"], {})
     return {tag: event[name] for name, tag in tags.items() if event.get(name) is not None}

@@ -26,6 +26,7 @@ from teratron.checkpoint.training import check_data
 from teratron.config import Config, UserError
 from teratron.data.open import open_data
 from teratron.data.samples import Samples
+from teratron.data.tokenizer import Tokenizer
 from teratron.models import build_model, flops_per_token, initial_values, parameter_count
 from teratron.objectives import Batch, Tally, build_objective
 from teratron.optim import LossScale, learning_rate, optim_at
@@ -49,6 +50,10 @@ from teratron.train.spikes import checkpoint_before, is_spike, leave_out, rememb
 from teratron.train.timing import Watch
 
 T = TypeVar("T")
+Examine = Callable[[], Iterator[dict[str, Any]]]
+"""Measures the model on `train.eval_tasks`, all ranks together; gives an event's fields for each."""
+Examiner = Callable[[Engine, Tokenizer | None], Examine]
+"""Reads their files, and raises `UserError` for what cannot be measured."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,19 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config | None, run: str | Path, *, device: str = "auto", fork_to: str | Path | None = None, echo: bool = True
+        self,
+        config: Config | None,
+        run: str | Path,
+        *,
+        device: str = "auto",
+        fork_to: str | Path | None = None,
+        echo: bool = True,
+        examiner: Examiner | None = None,
     ) -> None:
-        """config: None = the run's own. fork_to: branch off, train there from the newest checkpoint of `run`. echo: print."""
+        """config: None = the run's own. fork_to: branch off, train there from the newest checkpoint of `run`. echo: print.
+
+        examiner: what `train.eval_tasks` needs, such as `teratron.tasks.evaluate.training.examiner`.
+        """
         self.run = Path(run if fork_to is None else fork_to)
         config = run_config(Path(run)) if config is None else absolute_paths(config)
         worker = this_worker()
@@ -101,6 +116,7 @@ class Trainer:
             keep_freed_memory()
             self._open(config)
             self._check()
+            self.examine = self._together(lambda: self._examined_by(examiner))
             self._lead(lambda: write_config(self.run, self.config))
         except BaseException:
             self._close()
@@ -227,6 +243,16 @@ class Trainer:
             self.console.finish()
             self._close()
 
+    def _examined_by(self, examiner: Examiner | None) -> Examine | None:
+        if not self.config.train.eval_tasks:
+            return None
+        if examiner is None:
+            raise UserError(
+                "train.eval_tasks is set and nobody is there to measure: give Trainer(..., "
+                "examiner=teratron.tasks.evaluate.training.examiner), or leave it out"
+            )
+        return examiner(self.engine, self.data.special.tokenizer)
+
     def _metrics(self) -> Metrics | Silence:
         """Where events go; and on every rank what is to be measured."""
         log, say = self.config.log, self.console.say
@@ -264,6 +290,8 @@ class Trainer:
             if self.data.valid is not None and (last or (config.eval_every and step % config.eval_every == 0)):
                 valid_loss = self._report_evaluation(step, metrics)
                 last = self._complete()
+            if self.examine is not None and (last or _due(step, config.eval_tasks_every)):
+                self._report_tasks(step, self.examine(), metrics)
             if last or step % self.config.log.every == 0:
                 metrics.write("ranks", step=step, **self.watch.report(), time=time.time())
             due = Place.DISK if step in self.state.best[1:] else saver.due(step)
@@ -412,6 +440,12 @@ class Trainer:
         metrics.write("eval", step=step, loss=loss, **more, terms=terms, seconds=seconds, time=time.time())
         self.console.say(f"step {step}: held-out loss {loss:.4f}{told} ({duration(seconds)})")
         return loss
+
+    def _report_tasks(self, step: int, events: Iterator[dict[str, Any]], metrics: Metrics | Silence) -> None:
+        for event in events:
+            metrics.write("task", step=step, **event, time=time.time())
+            told = ", ".join(f"{name} {value:.4g}" for name, value in event["metrics"].items())
+            self.console.say(f"step {step}: {event['task']} {Path(event['file']).name}: {told} ({duration(event['seconds'])})")
 
     def _announce(self, metrics: Metrics | Silence) -> None:
         """Measure the machine, and say and note what will be trained on it."""
