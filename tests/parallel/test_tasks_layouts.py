@@ -18,7 +18,8 @@ from teratron.train.engine import Engine
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-VOCAB, SEGMENTS, STEPS = 40, 4, 3
+VOCAB, STEPS = 40, 3
+SEGMENTS = {"similar": 4, "preferred": 2}
 BASE: Keys = {**KEYS, "model.seq_length": 32, "model.vocab_size": VOCAB, "data.examples": "made here", "optim.clip": 0.01}
 ENCODER: Keys = {**BASE, "model.family": "encoder", "model.token_types": 2, "model.norm_place": "post", "model.embedding_norm": True}
 T5: Keys = {**BASE, "model.family": "encoder_decoder", "model.position": "relative", "model.norm": "rmsnorm"}
@@ -46,13 +47,13 @@ def example(keys: Keys, number: int) -> Example:
     """One of any length, of several segments where its objective compares them."""
     draw = np.random.default_rng(number)
     name, family = keys["objective.name"], keys.get("model.family", "gpt")
-    lengths = draw.integers(2, 9, {"similar": SEGMENTS, "preferred": 2}.get(name, 1))
-    lengths = lengths if len(lengths) > 1 else lengths * 3
+    segments = 3 if keys.get("model.classes") == 1 else SEGMENTS.get(name, 1)
+    lengths = draw.integers(2, 33 // segments, segments)
     fields = _stream(keys, lengths, draw)
     total = int(lengths.sum())
     some = draw.random(total) * (draw.random(total) > 0.4)
     some[-1] = 1.0
-    if name in ("similar", "preferred"):
+    if segments > 1:
         fields |= {"segments": np.repeat(np.arange(len(lengths)), lengths), "positions": np.concatenate([np.arange(n) for n in lengths])}
     if family == "encoder_decoder":
         read = _stream(keys, draw.integers(2, 30, 1), draw)

@@ -92,7 +92,7 @@ class Answer(Task):
     def _pieces(self, rows: Sequence[Row], coder: Coder) -> Iterator[Piece]:
         questions = coder.encode([row["question"] for row in rows])
         for number, (row, question) in enumerate(zip(rows, questions, strict=True)):
-            question = question[: coder.length // 2]
+            question = question[: (coder.length - 3) // 2]
             spans = word_spans(row["context"])
             apart = [start > 0 and row["context"][start - 1].isspace() for start, _ in spans]
             words = coder.words([row["context"][start:stop] for start, stop in spans], apart)

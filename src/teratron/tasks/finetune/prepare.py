@@ -177,7 +177,7 @@ def _config(job: Job, task: Task, source: Weights, examples: Mapping[str, Sequen
     count, most = len(examples["train"]), max(map(longest, examples.values()))
     batch = int(job.overrides.get("train.global_batch", min(task.usual_batch, max(1, count // 8))))
     steps = max(1, math.ceil(job.epochs * count / batch))
-    keys: dict[str, Any] = {"model.seq_length": most, "model.max_positions": model.positions, "model.dropout": 0.1}
+    keys: dict[str, Any] = {"model.seq_length": max(most, model.window), "model.max_positions": model.positions, "model.dropout": 0.1}
     keys |= {"model.attention_dropout": 0.0, "model.predict_tokens": 1}
     keys |= {"objective.name": task.objective, "objective.sentence": "none", "data.examples": str(run / EXAMPLES)}
     keys |= {"optim.lr": usual_lr(model.hidden, bool(job.overrides.get("model.adapter_rank", model.adapter_rank)))}
