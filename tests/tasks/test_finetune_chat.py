@@ -21,6 +21,7 @@ from teratron.tasks.finetune.conversations import conversations
 from teratron.tasks.finetune.rows import Table
 from teratron.tasks.finetune.task import Options, forward
 from teratron.tasks.finetune.templates import Turn, Writer, template_of
+from teratron.tasks.finetune.use import reply
 from teratron.tasks.finetune.writing import losses
 
 MESSAGES = [
@@ -182,6 +183,7 @@ def test_it_learns_to_answer(tmp_path: Path) -> None:
     found = scores(tmp_path)
     assert found["metrics"]["rougeL"]["value"] == 1 > found["baseline"]["rougeL"]
     assert found["metrics"]["perplexity"]["value"] < 1.5
+    assert reply(tmp_path / "run", [{"role": "user", "content": "red"}]) == pairs["red"]
 
 
 def test_the_baseline_repeats_the_question() -> None:

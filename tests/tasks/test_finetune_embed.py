@@ -23,7 +23,7 @@ from teratron.tasks.finetune.coder import Coder
 from teratron.tasks.finetune.embed import Embed, vectors
 from teratron.tasks.finetune.rows import Row, Table
 from teratron.tasks.finetune.task import Options
-from teratron.tasks.finetune.vectors import embed
+from teratron.tasks.finetune.use import embed, reply
 
 PAIRS = [(f"{colour} {animal}", f"{name} {word} the") for colour, animal, name, word in zip(COLOURS, ANIMALS, NAMES, FILLER, strict=False)]
 
@@ -107,6 +107,8 @@ def test_it_learns_pairs_without_a_word_in_common(tmp_path: Path) -> None:
     one, other = embed(tmp_path / "run", [PAIRS[0][0], PAIRS[0][1]])
     assert one @ other > max(one @ vector for vector in embed(tmp_path / "run", [positive for _, positive in PAIRS[1:]]))
     np.testing.assert_allclose(np.linalg.norm(one), 1, rtol=1e-6)
+    with pytest.raises(UserError, match="a run of the task embed, expected one of chat"):
+        reply(tmp_path / "run", [{"role": "user", "content": "hello"}])
 
 
 def test_words_in_common_are_the_baseline() -> None:

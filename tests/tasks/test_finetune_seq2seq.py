@@ -18,6 +18,7 @@ from teratron.tasks.finetune.coder import Coder
 from teratron.tasks.finetune.rows import Row, Table
 from teratron.tasks.finetune.seq2seq import Seq2Seq
 from teratron.tasks.finetune.task import Options
+from teratron.tasks.finetune.use import write
 
 LONG = Options(24, target_length=8)
 
@@ -78,6 +79,8 @@ def test_it_learns_to_swap_two_words(tmp_path: Path, family: str) -> None:
     found = scores(tmp_path)
     assert found["metrics"]["exact_match"]["value"] > 0.8
     assert found["baseline"]["exact_match"] == 0
+    predicted = {example["text"]: example["predicted"] for example in found["predictions"]}
+    assert write(tmp_path / "run", ["red owl", "blue cat"]) == [predicted["red owl"], predicted["blue cat"]]
 
 
 def test_several_targets_are_references_and_the_first_is_learned() -> None:

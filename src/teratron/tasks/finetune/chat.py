@@ -12,7 +12,7 @@ from teratron.config import Config, UserError
 from teratron.data.examples import Example, side_by_side
 from teratron.models import Model
 from teratron.tasks.finetune.coder import Coder
-from teratron.tasks.finetune.conversations import conversations
+from teratron.tasks.finetune.conversations import Messages, conversations
 from teratron.tasks.finetune.rows import Row, Table
 from teratron.tasks.finetune.task import Scored, Task
 from teratron.tasks.finetune.templates import Turn, Writer, template_of
@@ -77,18 +77,20 @@ class Chat(Task):
         return self._notes
 
     def predict(self, model: Model, config: Config, rows: Sequence[Row], coder: Coder) -> Sequence[Reply]:
-        writer = Writer(template_of(self.options.template, coder.tokenizer), coder.tokenizer)
         examples = self._written(rows, coder)
-        most, before = room_to_write(coder, self.options.target_length), writer.before("assistant")
-        room = min(coder.length, coder.config.positions - most) - len(writer.begin) - len(before)
-        prompts = []
-        for row in rows:
-            turns = writer.turns(row["messages"])[:-1]
-            prompts.append(np.concatenate([writer.begin, *map(_ids, fitted(turns, room)), before]).astype(np.int64))
-        stop = [writer.template.stop] if writer.template.stop else []
-        texts = written(model, config, prompts, coder, most, self.options.beams, stop)
+        texts = self.replies(model, config, [row["messages"][:-1] for row in rows], coder)
         counts = [int(example["weights"].sum()) for example in examples]
         return [Reply(*found) for found in zip(texts, losses(model, config, examples).tolist(), counts, strict=True)]
+
+    def replies(self, model: Model, config: Config, asked: Sequence[Messages], coder: Coder) -> list[str]:
+        """What the model says next in each conversation."""
+        writer = Writer(template_of(self.options.template, coder.tokenizer), coder.tokenizer)
+        most, before = room_to_write(coder, self.options.target_length), writer.before("assistant")
+        room = min(coder.length, coder.config.positions - most) - len(writer.begin) - len(before)
+        turns = [fitted(writer.turns(messages), room) for messages in asked]
+        prompts = [np.concatenate([writer.begin, *map(_ids, kept), before]).astype(np.int64) for kept in turns]
+        stop = [writer.template.stop] if writer.template.stop else []
+        return written(model, config, prompts, coder, most, self.options.beams, stop)
 
     def score(self, rows: Sequence[Row], predictions: Sequence[Reply]) -> Scored:
         texts, gold = [reply.text for reply in predictions], [row["messages"][-1]["content"] for row in rows]
