@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from teratron.checkpoint import open_weights
 from teratron.checkpoint.huggingface import write_huggingface
+from teratron.checkpoint.huggingface.reading import ARCHITECTURES, read_config
+from teratron.checkpoint.huggingface.settings import Settings
 from teratron.checkpoint.probe import logits_of
+from teratron.config import UserError
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle: pip install transformers")
 
@@ -149,3 +153,17 @@ def compare_configs(before: dict[str, Any], after: dict[str, Any]) -> None:
     """Every key that says something of the model is the same."""
     changed = {key: (before[key], after.get(key)) for key in before if before[key] != after.get(key) and key not in FREE}
     assert {key: values for key, values in changed.items() if "drop" not in key} == {}
+
+
+def test_every_class_is_one_of_theirs() -> None:
+    assert [name for architecture in ARCHITECTURES for name in architecture.forms if not hasattr(transformers, name)] == []
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kind, _ in MODELS.values()}))
+def test_values_of_any_type_are_read_or_refused_in_words(kind: str) -> None:
+    settings = next(settings for name, settings in MODELS.values() if name == kind)
+    content = {**getattr(transformers, kind).config_class(**settings).to_dict(), "architectures": [kind]}
+    for key in content:
+        for value in ("wide", [1], -1):
+            with contextlib.suppress(UserError):
+                read_config(Settings({**content, key: value}))

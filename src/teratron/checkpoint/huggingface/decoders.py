@@ -19,8 +19,12 @@ def parts(name: str, *which: str) -> tuple[str, ...]:
 def decoder(name: str, classes: str = "classifier") -> dict[str, Form]:
     """The classes of a decoder; classes: their name of the layer that scores the classes of tokens."""
     tokens = Form({"head": "classes"}, {f"{classes}.*": "head.classes.*"}, labels=True)
-    base = Form({"head": "none"}, bare=True)
-    return {f"{name}ForCausalLM": Form(), f"{name}Model": base, f"{name}ForTokenClassification": tokens}
+    return {**bare_decoder(name), f"{name}ForTokenClassification": tokens}
+
+
+def bare_decoder(name: str) -> dict[str, Form]:
+    """Those that every decoder has."""
+    return {f"{name}ForCausalLM": Form(), f"{name}Model": Form({"head": "none"}, bare=True)}
 
 
 _ATTENTION = parts("blocks.#.attention", "q", "k", "v")

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from teratron.checkpoint.huggingface.decoders import decoder
+from teratron.checkpoint.huggingface.decoders import bare_decoder, decoder
 from teratron.checkpoint.huggingface.layouts import NEIGHBOURS, Row
 from teratron.checkpoint.huggingface.llamas import EXPERTS, FEED_FORWARD, LAYER, NORMS, OUTSIDE, PLAIN, ROUTER, SHAPE, SILU, UNTIED
 from teratron.checkpoint.huggingface.rotary import rope
@@ -106,7 +106,7 @@ def _grouped(settings: Settings) -> Ours:
 DEEPSEEK2 = Architecture(
     "deepseek_v2",
     "model.",
-    decoder("DeepseekV2", "score"),
+    bare_decoder("DeepseekV2"),
     (
         *_DEEPSEEK,
         Only("norm_topk_prob", False),

@@ -48,8 +48,7 @@ def open_huggingface(folder: Path) -> Weights:
     """
     settings = Settings(read_json(folder / "config.json"))
     try:
-        architecture, form = _architecture(settings)
-        config = architecture.config(settings, form)
+        architecture, form, config = read_config(settings)
         found = architecture.links(config, form)
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
@@ -63,6 +62,15 @@ def open_huggingface(folder: Path) -> Weights:
             "together; copy the tokenizer that the model was trained with"
         )
     return Weights(config, parts, tokenizer, str(folder))
+
+
+def read_config(settings: Settings) -> tuple[Architecture, Form, ModelConfig]:
+    """Which class a config.json describes, and its model. Raises `UserError` that names the key."""
+    try:
+        architecture, form = _architecture(settings)
+        return architecture, form, architecture.config(settings, form)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"holds a value of a wrong type ({error}); download it again") from None
 
 
 class _Stored:
