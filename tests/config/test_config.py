@@ -44,6 +44,7 @@ RELATED = (
     "data.valid",
     "data.examples",
     "train.patience",
+    "train.eval_tasks",
     "objective.",
 )
 """Keys that are checked against another: a random config draws them together, or keeps their default."""
