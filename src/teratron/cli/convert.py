@@ -101,8 +101,9 @@ def _megatron(weights: Weights, args: argparse.Namespace) -> str:
 
 def _run(weights: Weights, args: argparse.Namespace) -> str:
     from teratron.checkpoint.megatron.resume import write_run
+    from teratron.train.run import absolute_paths
 
-    return f" with its optimizer's state, as {write_run(args.source, args.output)}"
+    return f" with its optimizer's state, as {write_run(args.source, args.output, absolute_paths)}"
 
 
 def _llama2c(weights: Weights, args: argparse.Namespace) -> str:

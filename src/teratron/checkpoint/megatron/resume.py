@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,14 @@ _MOMENTS = {"exp_avg": "moment1", "exp_avg_sq": "moment2"}
 _MASTERS = "fp32_param"
 
 
-def write_run(source: Path, run: Path) -> Path:
+def write_run(source: Path, run: Path, settled: Callable[[Config], Config]) -> Path:
     """Write a run whose only checkpoint is the state of a run of Megatron-LM; returns the checkpoint.
 
-    All of the state is in memory at once. Raises `UserError` for an optimizer that is not Adam, for one whose state is not stored by
-    parameter (the distributed optimizer's buffers, but for `--dist-ckpt-optim-fully-reshardable`), and where `run` is not empty.
+    All of the state is in memory at once.
+
+    Args: settled: what a run makes of its config before it begins, such as absolute paths. Raises `UserError` for an optimizer that is
+    not Adam, for one whose state is not stored by parameter (the distributed optimizer's buffers, but for
+    `--dist-ckpt-optim-fully-reshardable`), and where `run` is not empty.
     """
     if run.exists() and (run.is_file() or any(run.iterdir())):
         raise UserError(f"{run}: exists: choose another folder for the run")
@@ -35,7 +39,7 @@ def write_run(source: Path, run: Path) -> Path:
     states = _states(opened)
     given = Given(opened.args, opened.kind)
     config = Config().override({f"model.{name}": value for name, value in model_keys(given).items()} | run_keys(given))
-    config = config.override({"model.vocab_size": model.vocab_size})
+    config = settled(config.override({"model.vocab_size": model.vocab_size}))
     if config.optim.name != "adamw":
         raise UserError(f"{opened.folder}: --optimizer = {given['optimizer']}, of which no state is read: expected adam")
     if opened.step > config.train.steps:
@@ -50,7 +54,11 @@ def write_run(source: Path, run: Path) -> Path:
     tokens = config.batches.until(opened.step) * config.model.seq_length
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.toml").write_text(config.to_toml(), "utf-8")
-    return save_training(run, config, pieces, TrainingState(opened.step, tokens, phases=(config.train.steps,)))
+    own = next((folder for item in config.data.train if (folder := Path(f"{item}.tokenizer")).is_dir()), None)
+    if own is not None:
+        shutil.copytree(own, run / "tokenizer")
+    state = TrainingState(opened.step, tokens, phases=(config.train.steps,))
+    return save_training(run, config, pieces, state, [run / "tokenizer"] if own else [])
 
 
 def _states(opened: Opened) -> dict[str, Pieces]:
