@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from teratron.checkpoint import weights_for, write_weights
+from teratron.checkpoint import open_weights, weights_for, write_weights
 from teratron.checkpoint.adapters import merged
 from teratron.checkpoint.peft import CONFIG, TENSORS, with_adapter, write_peft
 from teratron.checkpoint.probe import logits_of, tokens_for
 from teratron.checkpoint.source import Weights
 from teratron.checkpoint.stream import Entry
+from teratron.cli.main import main
 from teratron.config import ModelConfig, UserError
 from teratron.models import build_model, initialise, parts_of
 from teratron.models.adapters import SUFFIXES
@@ -183,3 +184,15 @@ def test_other_adapters_are_merged_before_a_run_draws_its_own(tmp_path: Path) ->
     assert all(name.endswith(SUFFIXES) for name in new)
     torch.testing.assert_close({name: entry.values() for name, entry in given.items()}, tensors(merged(weights)), rtol=0, atol=1e-12)
     assert weights_for(tmp_path / "adapted.safetensors", weights.config)[1] == ()
+
+
+def test_convert_writes_adapters_and_merges_them(tmp_path: Path) -> None:
+    weights = adapted(LLAMA | DORA | {"layers": 1})
+    files = {name: str(tmp_path / f"{name}.safetensors") for name in ("adapted", "base", "merged", "found")}
+    write_weights(weights, Path(files["adapted"]))
+    write_weights(base_of(weights), Path(files["base"]))
+    assert main(["convert", files["adapted"], str(tmp_path / "peft"), "--to", "peft"]) == 0
+    assert main(["convert", files["base"], files["found"], "--adapter", str(tmp_path / "peft")]) == 0
+    assert main(["convert", files["adapted"], files["merged"]]) == 0
+    for name in ("found", "merged"):
+        torch.testing.assert_close(tensors(open_weights(Path(files[name]))), tensors(merged(weights)), rtol=0, atol=1e-12)
