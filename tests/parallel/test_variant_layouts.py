@@ -11,10 +11,16 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 ROPE: Keys = {"model.position": "rope", "model.norm": "rmsnorm", "model.bias": False, "model.activation": "swiglu"}
 ALIBI: Keys = {"model.position": "alibi", "model.kv_heads": 2}
-CAPPED: Keys = ROPE | {"model.attention_cap": 1.5, "model.output_cap": 2.0, "model.norm_place": "sandwich", "model.scale_embeddings": True}
+CAPPED: Keys = ROPE | {
+    "model.attention_cap": 1.5, "model.output_cap": 2.0, "model.norm_place": "sandwich", "model.scale_embeddings": True,
+    "model.norm_less_one": True, "model.qkv_bias": True,
+}  # fmt: skip
 PARALLEL: Keys = {"model.block": "parallel", "model.position": "sinusoidal"}
 ONE_NORM: Keys = ROPE | {"model.block": "parallel_one_norm", "model.rope_share": 0.5, "model.tie_embeddings": False}
-SANDWICH: Keys = {"model.norm_place": "sandwich", "model.position": "sinusoidal", "model.output_cap": 1.0, "model.tie_embeddings": False}
+SANDWICH: Keys = {
+    "model.norm_place": "sandwich", "model.position": "sinusoidal", "model.output_cap": 1.0, "model.tie_embeddings": False,
+    "model.norm_less_one": True,
+}  # fmt: skip
 LATENT: Keys = ROPE | {"model.latent": 6, "model.latent_query": 10, "model.rope_dim": 4, "model.value_dim": 3}
 LATENT_BIASED: Keys = {"model.position": "rope", "model.latent": 6, "model.rope_dim": 4, "model.attention_cap": 2.0, "model.bias": True}
 EXPERTS: Keys = {"model.experts": 4, "model.expert_ffn": 12, "model.init_std": 0.5}
