@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import re
 import subprocess
 import sys
@@ -179,7 +180,7 @@ ROWS = {
     "translation": Row("seq2seq", translation, "enja_tanaka", "rewriter", "bleu", "--epochs 3 --optim.lr 1e-3"),
     "summarisation": Row("seq2seq", summarisation, "scitldr", "rewriter", "rougeL", "--epochs 5 --optim.lr 1e-3"),
     "chat": Row("chat", chat, "instruct_selfinstruct_seed, sgd_dialogue", "decoder", "perplexity", "--epochs 8 --optim.lr 1e-3"),
-    "reasoning": Row("seq2seq", reasoning, "gsm8k", "decoder", "rougeL", "--epochs 2 --optim.lr 1e-3 --target-length 100"),
+    "reasoning": Row("seq2seq", reasoning, "gsm8k", "decoder", "answer_perplexity", "--epochs 2 --optim.lr 1e-3 --target-length 100"),
 }
 
 
@@ -285,12 +286,18 @@ def measure(name: str, data: Path, work: Path) -> dict[str, Any]:
         call([*TERATRON, "finetune", row.task, "--model", str(model), *files, "--run", str(run), *row.options.split(), *extra])
         result["seconds"][kind] = time.perf_counter() - begun
         scores = json.loads((run / "scores.json").read_text("utf-8"))
-        result[kind] = scores["metrics"]
+        result[kind] = scores["metrics"] | {"answer_perplexity": {"value": math.exp(least_loss(run))}}
         result["baseline"] = scores["baseline"]
         result["examples"] = scores["examples"]
         result["learnt"] = sum(1 for _ in (folder / "train.jsonl").open(encoding="utf-8"))
     (work / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def least_loss(run: Path) -> float:
+    """The best held-out loss of a run."""
+    events = (json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines())
+    return min(event["loss"] for event in events if event["event"] == "eval")
 
 
 def call(command: list[str]) -> None:
@@ -308,7 +315,7 @@ def print_table(work: Path) -> None:
         found = json.loads(path.read_text("utf-8"))
         nothing, learnt = (found[kind][row.metric] for kind in ("nothing", "pretrained"))
         dull = found["baseline"].get(row.metric)
-        spread = " ({low:.3f} to {high:.3f})".format(**learnt)
+        spread = " ({low:.3f} to {high:.3f})".format(**learnt) if "low" in learnt else ""
         print(
             f"| {name} (`{row.task}`) | `{row.source}`, {found['learnt']:,} to learn from, {found['examples']:,} to test | {row.metric} | "
             f"{'' if dull is None else f'{dull:.3f}'} | {nothing['value']:.3f} | {learnt['value']:.3f}{spread} | "
