@@ -116,7 +116,9 @@ def saved_state(checkpoint: Checkpoint) -> TrainingState:
         left_out, losses = tuple(map(int, saved.get("left_out", ()))), tuple(map(float, saved.get("losses", ())))
         counts = int(saved["step"]), int(saved["tokens"]), float(saved["seconds"]), phases, int(saved.get("skipped", 0))
         live = tuple((int(step), str(name), float(value)) for step, name, value in saved.get("live", ()))
-        return TrainingState(*counts, scale, left_out, losses, live, *(tuple(map(float, saved.get(name, ()))) for name in ("noise", "best")))
+        return TrainingState(
+            *counts, scale, left_out, losses, live, *(tuple(map(float, saved.get(name, ()))) for name in ("noise", "best"))
+        )
     except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{checkpoint.folder}/manifest.json: holds no state of a training run: it can be used, not trained on") from None
 
