@@ -20,7 +20,7 @@ VOCAB, LENGTH = 40, 24
 
 
 def config(objective: str, family: str = "encoder", **keys: Any) -> Config:
-    head = {"classes": "classes", "pointing": "classes", "similar": "none"}.get(objective, "language")
+    head = {"classes": "classes", "pooled": "classes", "pointing": "classes", "similar": "none"}.get(objective, "language")
     values = {"model.layers": 1, "model.hidden": 16, "model.heads": 2, "model.seq_length": LENGTH, "model.vocab_size": VOCAB}
     values |= {"model.family": family, "model.head": head, "objective.name": objective, "data.examples": "x", "model.init_std": 0.2}
     return Config().override(values | {name.replace("__", "."): value for name, value in keys.items()})
@@ -67,6 +67,26 @@ def test_classes_are_a_weighted_cross_entropy_untouched_by_padding(family: str) 
         right += weight * (int(scores.argmax()) == label)
     torch.testing.assert_close(loss, plain / sum(weights), rtol=1e-12, atol=1e-12)
     assert told["accuracy"] == pytest.approx(right / sum(weights))
+
+
+def test_pooled_reads_the_mean_of_the_tokens() -> None:
+    settings = config("pooled", model__classes=3)
+    model, found, weights, labels = made(settings), texts([3, 9, 6]), [1.0, 0.5, 2.0], [0, 2, 1]
+    examples = [
+        {
+            "tokens": text,
+            "targets": (np.arange(len(text)) == 0) * label,
+            "weights": (np.arange(len(text)) == 0) * weight,
+            "pool_weights": np.full(len(text), 1 / len(text)),
+        }
+        for text, label, weight in zip(found, labels, weights, strict=True)
+    ]
+    loss, _ = loss_of(settings, model, batch_of(settings, examples))
+    plain = torch.zeros((), dtype=torch.float64)
+    for text, label, weight in zip(found, labels, weights, strict=True):
+        state = model({"tokens": torch.from_numpy(text)[None], "positions": torch.arange(len(text))[None]})
+        plain += weight * F.cross_entropy(model.head.classes(state["hidden"][0].mean(0)), torch.tensor(label))
+    torch.testing.assert_close(loss, plain / sum(weights), rtol=1e-6, atol=1e-7)  # weights such as 1 / 3 are stored in float32
 
 
 def test_pointing_is_a_cross_entropy_over_the_candidates() -> None:

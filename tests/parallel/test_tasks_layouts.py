@@ -32,6 +32,7 @@ ALL: dict[str, Keys] = {
     "classes-pooled": {**ENCODER, **CLASSES, "model.pooler": True},
     "classes-gpt": {**LLAMA, **CLASSES},
     "classes-t5": {**T5, **CLASSES},
+    "pooled": {**ENCODER, **CLASSES, "objective.name": "pooled"},
     "pointing": {**ENCODER, **POINTING},
     "pointing-gpt": {**LLAMA, **POINTING, "model.classes": 1},
     "similar": {**ENCODER, **SIMILAR},
@@ -40,7 +41,7 @@ ALL: dict[str, Keys] = {
     "supervised": {**LLAMA, "objective.name": "supervised"},
     "supervised-t5": {**T5, "objective.name": "supervised"},
 }
-WHOLE = ("pointing", "similar", "preferred")
+WHOLE = ("pooled", "pointing", "similar", "preferred")
 
 
 def example(keys: Keys, number: int) -> Example:
@@ -68,7 +69,8 @@ def example(keys: Keys, number: int) -> Example:
         return fields | {"vector_weights": np.ones(total)}
     classes = keys.get("model.classes", VOCAB)
     fields |= {"targets": draw.integers(0, classes, total), "weights": np.ones(total) if name == "preferred" else some}
-    return fields | {"references": draw.random(total) - 1} if name == "preferred" else fields
+    more = {"preferred": {"references": draw.random(total) - 1}, "pooled": {"pool_weights": np.full(total, 1 / total)}}
+    return fields | more.get(name, {})
 
 
 def _stream(keys: Keys, lengths: np.ndarray, draw: np.random.Generator) -> dict[str, np.ndarray]:

@@ -14,14 +14,20 @@ class UserError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `" (did you mean 'x'?)"` for the closest of the known names, or an empty string.
+    """Return `" (did you mean 'x'?)"` for the closest of the known names, the first of equally close ones, or an empty string.
 
     The last dotted component is also compared alone, so that `model.layer` and `train.layers` both find `model.layers`.
     """
     names = list(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
-    if not close:
+    close = _closest(name, names, 0.7)
+    if close is None:
         by_leaf = {n.rsplit(".", 1)[-1]: n for n in reversed(names)}
-        leaf = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_leaf), n=1, cutoff=0.6)
-        close = [by_leaf[leaf[0]]] if leaf else difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+        leaf = _closest(name.rsplit(".", 1)[-1], list(by_leaf), 0.6)
+        close = by_leaf[leaf] if leaf else _closest(name, names, 0.5)
+    return f" (did you mean '{close}'?)" if close else ""
+
+
+def _closest(name: str, known: list[str], least: float) -> str | None:
+    """The known name that is most alike, of several the first; None = none is as alike as `least`, from 0 to 1."""
+    alike, _, close = max(((difflib.SequenceMatcher(None, k, name).ratio(), -n, k) for n, k in enumerate(known)), default=(0.0, 0, ""))
+    return close if alike >= least else None

@@ -19,15 +19,16 @@ FITS = {
     "ul2": ("encoder_decoder", "gpt"),
     "supervised": ("encoder_decoder", "gpt"),
     "classes": ("encoder", "gpt", "encoder_decoder"),
+    "pooled": ("encoder",),
     "pointing": ("encoder", "gpt"),
     "similar": ("encoder", "gpt"),
     "preferred": ("gpt",),
 }
 """The families that each objective fits."""
-HEADS = {"classes": "classes", "pointing": "classes", "similar": "none"}
+HEADS = {"classes": "classes", "pooled": "classes", "pointing": "classes", "similar": "none"}
 """What model.head must be; `language` for all others."""
-FROM_EXAMPLES = ("supervised", "classes", "pointing", "similar", "preferred")
-WHOLE = ("pointing", "similar", "preferred")
+FROM_EXAMPLES = ("supervised", "classes", "pooled", "pointing", "similar", "preferred")
+WHOLE = ("pooled", "pointing", "similar", "preferred")
 """Those that compare tokens all over an example."""
 
 

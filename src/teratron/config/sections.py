@@ -62,7 +62,7 @@ class ObjectiveConfig(Section):
 
     name: Literal[
         "next_token", "masked", "permuted", "span_corruption", "denoising", "prefix", "ul2",
-        "supervised", "classes", "pointing", "similar", "preferred",
+        "supervised", "classes", "pooled", "pointing", "similar", "preferred",
     ] = key("next_token")  # fmt: skip
     """next_token = predict each token from those before it (gpt, xlnet); masked = predict hidden tokens from both sides (encoder);
     permuted = predict tokens in a random order, each from the given ones and those before it in that order (xlnet).
@@ -70,8 +70,9 @@ class ObjectiveConfig(Section):
     span_corruption = write the spans that a text lacks (T5); denoising = write a text that was corrupted (BART); prefix = go on with a
     text whose beginning is seen from both sides; ul2 = a mixture of denoisers. A gpt reads and writes one sequence.
 
-    From data.examples: supervised = answers; classes = the class of a text or of its words; pointing = where an answer lies, or which
-    choice is right; similar = vectors of pairs, alike; preferred = the better of two answers (DPO)."""
+    From data.examples: supervised = answers; classes = the class of a text or of its words; pooled = that of a text by the mean of its
+    tokens; pointing = where an answer lies, or which choice is right; similar = vectors of pairs, alike; preferred = the better of two
+    answers (DPO)."""
     label_smoothing: float = key(0.0, between(0, 1))
     """Share of the target's probability that is spread over the whole vocabulary in training (evaluation never smooths)."""
     contrastive: float = key(0.0, at_least(0))

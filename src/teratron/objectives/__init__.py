@@ -13,7 +13,7 @@ from teratron.data.special import Needs, SpecialTokens
 from teratron.models import Model, State
 from teratron.objectives.compared import Pointing, Preferred, Similar
 from teratron.objectives.denoising import Denoising
-from teratron.objectives.given import Classes, Supervised
+from teratron.objectives.given import Classes, Pooled, Supervised
 from teratron.objectives.layers import layer_counts, layer_loads, layer_terms
 from teratron.objectives.masked import Masked
 from teratron.objectives.next_token import NextToken
@@ -73,6 +73,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ul2": MixtureOfDenoisers,
     "supervised": Supervised,
     "classes": Classes,
+    "pooled": Pooled,
     "pointing": Pointing,
     "similar": Similar,
     "preferred": Preferred,

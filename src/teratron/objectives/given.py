@@ -86,3 +86,29 @@ class Classes(Given):
         losses = F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=self.smoothing)
         right = (scores.argmax(-1) == targets) * weights
         return join.total((losses * weights.flatten()).sum()), join.total(right.sum())
+
+
+class Pooled(Given):
+    """Cross-entropy of one class a sequence, read from the mean of its tokens: `pool_weights` [B, S] sum to 1 over each.
+
+    Small encoders whose first token has learnt nothing of the rest have their knowledge there (Reimers and Gurevych 2019). `targets` and
+    `weights` are those of each sequence's first token.
+    """
+
+    name = "pooled"
+
+    def weight(self, batch: Batch) -> Tensor:
+        return batch["weights"][:, 0].sum(dtype=torch.float64)
+
+    def measured(self, model: Model, state: State, batch: Batch) -> tuple[Tensor, Tensor]:
+        scores, targets, weights = pooled_scores(model, state, batch), batch["targets"][:, 0], batch["weights"][:, 0]
+        losses = F.cross_entropy(scores, targets, reduction="none", label_smoothing=self.smoothing)
+        return (losses * weights).sum(), ((scores.argmax(-1) == targets) * weights).sum()
+
+
+def pooled_scores(model: Model, state: State, batch: Batch) -> Tensor:
+    """Scores of the mean of each sequence's tokens, [B, C]: the mean of their scores, as these are linear."""
+    scores: Tensor = model.head.scores(state)
+    weights = model.head.join.share(batch["pool_weights"])
+    total: Tensor = model.head.join.total((scores.to(accurate(scores.dtype)) * weights.unsqueeze(-1).to(accurate(scores.dtype))).sum(1))
+    return total

@@ -11,6 +11,7 @@ import numpy as np
 from teratron.config import Config, UserError, nearest
 from teratron.data.examples import Example
 from teratron.models import Model
+from teratron.objectives.given import pooled_scores
 from teratron.tasks.finetune.coder import Coder, Framed
 from teratron.tasks.finetune.rows import Row
 from teratron.tasks.finetune.task import Scored, Task, forward, text_of, weights_of
@@ -52,11 +53,13 @@ class Classify(Task):
                 )
 
     def keys(self) -> dict[str, object]:
-        return {"model.head": "classes", "model.classes": len(self.facts["labels"])}
+        pooled = {"objective.name": "pooled"} if self.facts["pooled"] else {}
+        return {"model.head": "classes", "model.classes": len(self.facts["labels"]), **pooled}
 
     def examples(self, rows: Sequence[Row], coder: Coder) -> list[Example]:
         labels = {label: number for number, label in enumerate(self.facts["labels"])}
         weights = weights_of(self.facts["counts"], self.options.class_weights)
+        self.facts["pooled"] = coder.config.family == "encoder" and not coder.config.pooler
         pieces = self._pieces(rows, coder)
         return [
             self._example(piece, labels[str(row["label"])], weights[labels[str(row["label"])]] / len(found), coder)
@@ -78,11 +81,13 @@ class Classify(Task):
     def notes(self) -> list[str]:
         return [f"{self._cut:,} texts longer than {self.options.length} tokens were cut"] if self._cut else []
 
-    @staticmethod
-    def _example(piece: Framed, label: int, weight: float, coder: Coder) -> Example:
+    def _example(self, piece: Framed, label: int, weight: float, coder: Coder) -> Example:
         if coder.start is not None:  # an encoder reads, and the decoder's first token has the class
             fields = {f"encoder_{name}": values for name, values in coder.fields(piece).items()}
             return fields | {"tokens": np.array([coder.start]), "targets": np.array([label]), "weights": np.array([weight])}
+        if self.facts["pooled"]:
+            first, share = np.arange(len(piece.tokens)) == 0, np.full(len(piece.tokens), 1 / len(piece.tokens))
+            return coder.fields(piece) | {"targets": first * label, "weights": first * weight, "pool_weights": share}
         at = np.arange(len(piece.tokens)) == piece.mark
         return coder.fields(piece) | {"targets": at * label, "weights": at * weight}
 
@@ -93,8 +98,8 @@ class Classify(Task):
         examples = [self._example(piece, 0, 1.0, coder) for found in pieces for piece in found]
         sums = np.zeros((len(rows), len(self.facts["labels"])))
         for numbers, batch, state in forward(model, config, examples):
-            scores = model.head.scores(state).double().log_softmax(-1)
-            np.add.at(sums, owners[numbers], scores[batch["weights"] > 0].cpu().numpy())
+            scores = pooled_scores(model, state, batch) if self.facts["pooled"] else model.head.scores(state)[batch["weights"] > 0]
+            np.add.at(sums, owners[numbers], scores.double().log_softmax(-1).cpu().numpy())
         return list(sums / np.array([[len(found)] for found in pieces]))
 
     def score(self, rows: Sequence[Row], predictions: Sequence[np.ndarray]) -> Scored:
