@@ -4,7 +4,7 @@
     python bench/tasks.py --data FOLDER --work FOLDER row sentiment       # one row of the table
     python bench/tasks.py --data FOLDER --work FOLDER table               # docs/tasks.md's table from all rows that were run
 
-FOLDER of --data holds the data sets under the names that docs/tasks.md gives.
+FOLDER of --data holds the data sets, each in a folder of the name that the table gives.
 """
 
 from __future__ import annotations
@@ -306,6 +306,7 @@ def call(command: list[str]) -> None:
 
 
 def print_table(work: Path) -> None:
+    """Gains are positive where the pretrained model is better; `answer_perplexity` is that of the held-out tenth of the training rows."""
     print("| task | data | metric | baseline | from nothing | from our pretrained model | gain |")
     print("|---|---|---|---|---|---|---|")
     for name, row in ROWS.items():
@@ -319,7 +320,7 @@ def print_table(work: Path) -> None:
         print(
             f"| {name} (`{row.task}`) | `{row.source}`, {found['learnt']:,} to learn from, {found['examples']:,} to test | {row.metric} | "
             f"{'' if dull is None else f'{dull:.3f}'} | {nothing['value']:.3f} | {learnt['value']:.3f}{spread} | "
-            f"{learnt['value'] - nothing['value']:+.3f} |"
+            f"{(learnt['value'] - nothing['value']) * (-1 if 'perplexity' in row.metric else 1):+.3f} |"
         )
 
 
