@@ -13,7 +13,7 @@ from teratron.cli.main import VERBS
 from teratron.config import Config, key_names
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SECTIONS = "|".join({name.partition(".")[0] for name in key_names()})
 FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 page = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

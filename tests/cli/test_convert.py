@@ -146,6 +146,32 @@ def test_places_that_cannot_be_written_are_refused(
     assert message in refused(capsys, saved, tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("in out --to run --dtype bf16", "--dtype: has no effect with --to run, only with --to weights|huggingface|megatron|peft: leave it out"),
+        ("in out --to run --adapter x", "--adapter: has no effect with --to run"),
+        ("in out --to run --upcycle 4", "--upcycle: has no effect with --to run"),
+        ("in out --to run --overwrite", "--overwrite: has no effect with --to run"),
+        ("in out --to peft --adapter x", "--adapter: has no effect with --to peft"),
+        ("in out.bin --dtype=fp16", "--dtype: has no effect with --to llama2c"),
+        ("in out.safetensors --format torch_dist", "--format: has no effect with --to weights, only with --to megatron"),
+        ("in out --to huggingface --tensor 2", "--tensor: has no effect with --to huggingface"),
+        ("in out --to huggingface --pipeline 2", "--pipeline: has no effect with --to huggingface"),
+        ("in out --to megatron --shard-size 1GB", "--shard-size: has no effect with --to megatron"),
+        ("in out.safetensors --output x", "--output: has no effect with --to weights, only with `args SCRIPT`"),
+        ("in out.safetensors --experts-per-token 2", "without --upcycle: add --upcycle EXPERTS"),
+        ("in", "OUTPUT is missing, such as `teratron convert in OUT.safetensors`"),
+        ("args", "the launch script is missing, such as `teratron convert args train.sh`"),
+        ("args train.sh --to megatron", "--to: has no effect with `args SCRIPT`"),
+        ("args train.sh --overwrite", "add --output FILE"),
+    ],
+)
+def test_options_without_an_effect_are_refused(capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
+    """Before the source is looked for."""
+    assert message in refused(capsys, *words.split())
+
+
 def test_a_full_disk_leaves_the_former_file(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

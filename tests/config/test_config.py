@@ -166,6 +166,11 @@ def test_nothing_near_means_no_suggestion() -> None:
     assert nearest("zzzzzz", ["model.layers", "optim.lr"]) == ""
 
 
+def test_of_equally_near_names_the_first_is_suggested() -> None:
+    assert nearest("choise", ["choice", "choose"]) == " (did you mean 'choice'?)"
+    assert nearest("choise", ["choose", "choice"]) == " (did you mean 'choose'?)"
+
+
 @pytest.mark.parametrize(
     ("values", "named"),
     [

@@ -31,6 +31,18 @@ def test_scores_are_those_of_finetuning(folder: Path, tmp_path: Path) -> None:
     assert (found["count"], found["wrong_count"], len(found["wrong"])) == (9, len(wrong), len(wrong))
 
 
+def test_the_seed_draws_the_intervals_alone(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for seed in ("0", "1"):
+        words = ["eval", str(folder / "run"), "classify", "--data", str(folder / "train.jsonl"), "--columns", "text=review"]
+        assert main([*words, "--seed", seed, "--out", str(tmp_path / seed)]) == 0
+        (result,) = json.loads((tmp_path / seed / "eval.json").read_text("utf-8"))["results"]
+        found.append(result["metrics"])
+    values, bounds = ([{name: metric[key] for name, metric in one.items()} for one in found] for key in ("value", "low"))
+    assert values[0] == values[1]
+    assert bounds[0] != bounds[1]
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [

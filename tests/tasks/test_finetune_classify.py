@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from teratron.cli.main import main
 from teratron.config import Config, UserError
@@ -199,7 +200,7 @@ def test_of_two_texts_the_longer_is_cut_first(home: Path) -> None:
         ([], [], "holds no example"),
         (rows(5, 0), [], "5 rows are too few to hold some out: give --valid FILE"),
         (rows(30, 0), ["--length", "999"], "--length 999: expected 1 to 24"),
-        (rows(30, 0), ["--freeze", "7"], "--freeze 7: the model has 1 blocks"),
+        (rows(30, 0), ["--freeze", "7"], "--freeze 7: expected 0 to 1, the blocks of the model"),
         (rows(30, 0), ["--beams", "3"], "--beams 3 concerns seq2seq"),
         ([*rows(30, 0), {"review": ["x"], "stars": "good"}], [], "has a list in column 'text', expected text"),
     ],
@@ -238,7 +239,7 @@ def test_a_run_of_something_else_is_left_alone(home: Path, tmp_path: Path, capsy
     assert "holds a fine-tuning with model" in capsys.readouterr().err
     assert (tmp_path / "run" / "examples" / "train.safetensors").read_bytes() == kept
     with pytest.raises(UserError, match="says no task: give a run of `teratron finetune`"):
-        judge(home / "encoder", [])
+        judge(home / "encoder", [], torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

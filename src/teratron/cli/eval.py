@@ -10,16 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teratron.cli.finetune import columns_of
+from teratron.cli.parser import given
 from teratron.cli.workers import add_nproc, run_workers
 from teratron.config import UserError, nearest
 
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
 
     from teratron.tasks.evaluate import Report, Task
     from teratron.tasks.evaluate.likelihood import Scorer
 
 SUMMARY = "measure a model on tasks: perplexity, LAMBADA, multiple choice ..., with confidence intervals and a report"
+
+UNUSED = {
+    "--nproc": "runs in one process",
+    "--precision": "computes with the numbers that it was trained with",
+    "--tokenizer": "reads with the tokenizer that it was trained with",
+    "--batch": "makes its own batches, which change no number",
+}
+"""What the task of a fine-tuned run does not take, and why."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help=text)
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="take the first N examples of each file; 0 = all (default: 0)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="texts that go through the model at the same time (default: 16)")
-    parser.add_argument(
-        "--stride", type=int, default=0, metavar="N", help="of perplexity: tokens that a window advances (default: half a window)"
-    )
+    text = "of perplexity: tokens that a window advances, not those that it shares (default: half a window)"
+    parser.add_argument("--stride", type=int, default=0, metavar="N", help=text)
     parser.add_argument("--detokenise", metavar="HOW", help="of perplexity: wikitext joins the words of WikiText again (default: leave)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws for the confidence intervals (default: 0)")
     parser.add_argument("--tokenizer", metavar="T", help="tokenizer file, folder or `bytes`, instead of the model's own")
@@ -65,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         scores = any(task is not None for _, task, _ in jobs)
         loaded = open_source(args.model, device, args.precision, args.tokenizer, mesh) if scores else None
         scorer = ModelScorer(loaded, args.batch) if loaded is not None else None
-        reports = [_evaluate(*job, scorer, args, leads) for job in jobs]
+        reports = [_evaluate(*job, scorer, args, leads, device) for job in jobs]
     if leads:
         _tell(reports, args.model, args.out)
     return 0
@@ -82,28 +91,46 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file, expected a folder")
+    _check_use(args)
 
 
-def _jobs(args: argparse.Namespace) -> list[tuple[str, Task | None, Path]]:
-    """Each task by name, ready for its file; None = the model's own, for which it was fine-tuned."""
+def _check_use(args: argparse.Namespace) -> None:
+    """Refuse names of no task, and options that would change nothing."""
     from teratron.tasks import finetune
-    from teratron.tasks.evaluate import TASKS, Options
+    from teratron.tasks.evaluate import TASKS
 
-    options = Options(args.stride, args.detokenise or "")
     known = [*TASKS, *finetune.TASKS]
     unknown = next((name for name in args.tasks if name not in known), None)
     if unknown is not None:
         raise UserError(f"there is no task '{unknown}'{nearest(unknown, known)}: expected {', '.join(known)}")
+    own, options = next((name for name in args.tasks if name not in TASKS), None), given(args)
+    for option, reason in UNUSED.items():
+        if own is not None and option in options:
+            raise UserError(f"{option}: {own}, the task of a fine-tuned run, {reason}: leave {option} out")
+    for option in ("--stride", "--detokenise"):
+        if option in options and "perplexity" not in args.tasks:
+            raise UserError(f"{option}: concerns perplexity alone, not {' or '.join(args.tasks)}: leave it out")
+    if own is None and args.columns:
+        raise UserError(f"--columns: concerns the task of a fine-tuned run, {' and '.join(args.tasks)} find theirs by shape: leave it out")
+
+
+def _jobs(args: argparse.Namespace) -> list[tuple[str, Task | None, Path]]:
+    """Each task by name, ready for its file; None = the model's own, for which it was fine-tuned."""
+    from teratron.tasks.evaluate import TASKS, Options
+
+    options = Options(args.stride, args.detokenise or "")
     names = args.tasks * len(args.data) if len(args.tasks) == 1 else args.tasks
     return [(name, TASKS[name](options) if name in TASKS else None, file) for name, file in zip(names, args.data, strict=True)]
 
 
-def _evaluate(name: str, task: Task | None, file: Path, scorer: Scorer | None, args: argparse.Namespace, leads: bool) -> Report:
+def _evaluate(
+    name: str, task: Task | None, file: Path, scorer: Scorer | None, args: argparse.Namespace, leads: bool, device: torch.device
+) -> Report:
     from teratron.tasks.evaluate import evaluate
     from teratron.tasks.evaluate.finetuned import evaluate_run
 
     if task is None or scorer is None:
-        return evaluate_run(name, Path(args.model), file, columns_of(args.columns), args.limit)
+        return evaluate_run(name, Path(args.model), file, columns_of(args.columns), args.limit, args.seed, device)
     with _bar(f"{name} {file.name}", leads) as done:
         return evaluate(name, task, file, scorer, args.limit, args.seed, done)
 

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--test", type=Path, nargs="+", default=[], metavar="FILE", help="examples that judge at the end (default: --valid)"
     )
+    parser.add_argument("--tokenizer", default="", metavar="T", help="tokenizer file, folder or `bytes`, instead of the model's own")
     parser.add_argument("--run", type=Path, required=True, help="folder of the run; the same command goes on there")
     parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="where columns have unusual names: text=review")
     parser.add_argument("--epochs", type=float, default=3.0, help="times that each example is seen at most (default: 3)")
@@ -39,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target-length", type=int, default=0, metavar="N", help="longest text to write, in tokens (default: 128, if there is room)"
     )
     parser.add_argument("--beams", type=int, default=1, metavar="N", help="write predictions by beam search (default: the likeliest token)")
-    parser.add_argument("--template", default="auto", help="of conversations: plain, chatml, llama2, llama3 (default: by the tokenizer)")
+    parser.add_argument(
+        "--template", default="auto", help="of conversations: text, plain, chatml, llama2, llama3 (default: by the tokenizer)"
+    )
     parser.add_argument("--pack", action="store_true", help="put several conversations into one example")
     parser.add_argument("--group", type=int, default=16, metavar="G", help="pairs that embed tells apart from each other (default: 16)")
     parser.add_argument("--freeze", type=int, default=0, metavar="N", help="the first N blocks and the embeddings do not learn")
@@ -60,13 +63,14 @@ def run(args: argparse.Namespace) -> int:
             f"`teratron train {args.run}/examples/config.toml --run {args.run}`, and then this command once more for the scores"
         )
     job = _job(args)
+    from teratron.parallel.device import choose_device
     from teratron.tasks.finetune.prepare import prepare
     from teratron.tasks.finetune.run import finetune
 
     if args.prepare:
         print(f"prepared: teratron train {prepare(job, args.run, print).file} --run {args.run}")
         return 0
-    return finetune(job, args.run, lambda config, run: _train(args, config, run))
+    return finetune(job, args.run, lambda config, run: _train(args, config, run), choose_device(args.device))
 
 
 def _train(args: argparse.Namespace, config: Path, run: Path) -> int:
@@ -86,7 +90,11 @@ def _job(args: argparse.Namespace) -> Job:
         raise UserError(f"unknown task '{args.task}'{nearest(args.task, TASKS)}; tasks: {', '.join(TASKS)}")
     if args.epochs <= 0 or args.seeds < 1:
         raise UserError(f"--epochs {args.epochs:g}, --seeds {args.seeds}: expected more than 0")
-    names = ("task", "model", "epochs", "freeze", "layer_decay", "scratch", "seeds", "overrides")
+    if args.prepare and args.seeds > 1:
+        raise UserError(
+            f"--prepare --seeds {args.seeds}: prepares one run: leave --seeds out, and give each seed its own --run and --train.seed"
+        )
+    names = ("task", "model", "tokenizer", "epochs", "freeze", "layer_decay", "scratch", "seeds", "overrides")
     options = Options(**{option.name: getattr(args, option.name) for option in fields(Options) if option.name != "seed"})
     chosen: dict[str, Any] = {name: getattr(args, name) for name in names}
     chosen |= {name: tuple(getattr(args, name)) for name in ("data", "valid", "test")}

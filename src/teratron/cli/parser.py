@@ -18,6 +18,11 @@ def text(argument: str) -> str:
     return argument
 
 
+def given(args: argparse.Namespace) -> set[str]:
+    """The options that stand on a verb's command line, such as `--seed`, whatever their values."""
+    return {word.partition("=")[0] for word in args.command_line if word.startswith("--")}
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises `UserError`, knows the nearest right name of an unknown option, and refuses empty values."""
 

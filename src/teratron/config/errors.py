@@ -22,12 +22,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = _closest(name, names, 0.7)
     if close is None:
         by_leaf = {n.rsplit(".", 1)[-1]: n for n in reversed(names)}
-        leaf = _closest(name.rsplit(".", 1)[-1], list(by_leaf), 0.6)
+        leaf = _closest(name.rsplit(".", 1)[-1], [*reversed(by_leaf)], 0.6)
         close = by_leaf[leaf] if leaf else _closest(name, names, 0.5)
     return f" (did you mean '{close}'?)" if close else ""
 
 
 def _closest(name: str, known: list[str], least: float) -> str | None:
     """The known name that is most alike, of several the first; None = none is as alike as `least`, from 0 to 1."""
-    alike, _, close = max(((difflib.SequenceMatcher(None, k, name).ratio(), -n, k) for n, k in enumerate(known)), default=(0.0, 0, ""))
-    return close if alike >= least else None
+    likeness = [difflib.SequenceMatcher(None, one, name).ratio() for one in known]
+    return known[likeness.index(max(likeness))] if max(likeness, default=0.0) >= least else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from teratron.checkpoint import newest_checkpoint, open_checkpoint, saved_state
 from teratron.checkpoint.exchange import open_weights
@@ -47,18 +48,18 @@ class Judgement:
         return {"step": self.step, "examples": self.count, "metrics": metrics, "baseline": self.baseline}
 
 
-def judge(run: Path, rows: Sequence[Row]) -> Judgement:
-    """Predictions of a run's best checkpoint on rows, scored."""
-    task, (model, config, step) = load_task(run), best_model(run)
+def judge(run: Path, rows: Sequence[Row], device: torch.device, seed: int = 0) -> Judgement:
+    """Predictions of a run's best checkpoint on rows, scored; seed: of the intervals' draws."""
+    task, (model, config, step) = load_task(run), best_model(run, device)
     coder = Coder(run_tokenizer(run), config.model, task.options.length)
     scored = task.score(rows, task.predict(model, config, rows, coder))
     dull = task.score(rows, task.baseline(rows))
-    metrics = {metric.name: estimate(metric, len(rows)) for metric in scored.metrics}
+    metrics = {metric.name: estimate(metric, len(rows), seed) for metric in scored.metrics}
     baseline = {metric.name: metric.of(np.arange(len(rows))) for metric in dull.metrics}
     return Judgement(scored, metrics, baseline, step, len(rows))
 
 
-def best_model(run: Path) -> tuple[Model, Config, int]:
+def best_model(run: Path, device: torch.device) -> tuple[Model, Config, int]:
     """The model of a run's best checkpoint, or of its newest where no evaluation was compared: (model, config, step)."""
     newest = newest_checkpoint(run, print)
     if newest is None:
@@ -66,7 +67,7 @@ def best_model(run: Path) -> tuple[Model, Config, int]:
     best = saved_state(newest).best[1:]
     if best and best[0] != newest.step:
         newest = open_checkpoint(run / "checkpoints" / f"step-{int(best[0]):08d}")
-    return whole_model(open_weights(newest.folder)), newest.config(), newest.step
+    return whole_model(open_weights(newest.folder), device), newest.config(), newest.step
 
 
 def write_judgement(path: Path, judgement: Judgement) -> None:

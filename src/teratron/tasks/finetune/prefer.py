@@ -19,7 +19,7 @@ from teratron.tasks.finetune.chat import conversation, fitted
 from teratron.tasks.finetune.coder import Coder
 from teratron.tasks.finetune.conversations import messages_of
 from teratron.tasks.finetune.rows import Row, Table
-from teratron.tasks.finetune.task import Scored, Task, forward, whole_model
+from teratron.tasks.finetune.task import Scored, Task, device_of, forward, whole_model
 from teratron.tasks.finetune.templates import Turn, Writer, template_of
 from teratron.tasks.metrics import Metric
 
@@ -66,12 +66,12 @@ class Prefer(Task):
         """The log-probability of each answer by the model that is begun with, at the answer's first token."""
         if source is None:
             raise UserError("--scratch: prefer compares with the model that it begins with, which drawn weights are not: leave it out")
-        model = whole_model(source)
+        model = whole_model(source, torch.device("cpu"))  # rounded alike on every device, so that the run goes on anywhere
         return {name: _with_references(found, answers(model, config, found)) for name, found in examples.items()}
 
     def predict(self, model: Model, config: Config, rows: Sequence[Row], coder: Coder) -> Sequence[np.ndarray]:
         """By how much the chosen answer is likelier than the rejected one: by the model, and by the one that it began with, [2] in nats."""
-        examples, first = self.examples(rows, coder), whole_model(open_weights(Path(config.train.init)))
+        examples, first = self.examples(rows, coder), whole_model(open_weights(Path(config.train.init)), device_of(model))
         own, begun = (answers(one, config, examples) @ [1.0, -1.0] for one in (model, first))
         self._begun = begun
         return list(np.stack([own, begun], axis=1))

@@ -13,7 +13,7 @@ import numpy as np
 
 from teratron.checkpoint.exchange import open_weights
 from teratron.checkpoint.source import Weights
-from teratron.config import Config, UserError
+from teratron.config import Config, ModelConfig, UserError
 from teratron.data.examples import Example, longest, write_examples
 from teratron.data.open import save_tokenizer
 from teratron.data.order import permute
@@ -36,6 +36,8 @@ class Job:
     data: tuple[Path, ...]
     valid: tuple[Path, ...] = ()
     test: tuple[Path, ...] = ()
+    tokenizer: str = ""
+    """File, folder or `bytes`; "" = the one beside the model."""
     columns: Mapping[str, str] = field(default_factory=dict)
     epochs: float = 3.0
     options: Options = field(default_factory=lambda: Options(0))
@@ -70,10 +72,10 @@ def prepare(job: Job, run: Path, say: Say) -> Prepared:
 
     Raises `UserError` for data, a model or keys that do not fit.
     """
-    kind, begun = TASKS[job.task], _described(job)
+    kind, source = TASKS[job.task], open_weights(job.model)
+    tokenizer = _tokenizer(job, source)
+    begun = _described(job, tokenizer)
     _check_begun(run, begun)
-    source = open_weights(job.model)
-    tokenizer = _tokenizer(source)
     if source.config.family not in kind.families:
         raise UserError(
             f"--model {job.model}: {job.task} is for model.family {' or '.join(kind.families)}, this is {source.config.family}: "
@@ -104,10 +106,14 @@ def prepare(job: Job, run: Path, say: Say) -> Prepared:
     return Prepared(config, folder / "config.toml", task, tables)
 
 
-def _described(job: Job) -> dict[str, Any]:
-    """What decides the examples of a job, for comparison."""
-    paths = {name: [str(path.absolute()) for path in getattr(job, name)] for name in ("data", "valid")}
-    return {"task": job.task, "model": str(job.model.absolute()), **paths, "columns": dict(job.columns), "scratch": job.scratch}
+def _described(job: Job, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides the examples of a job and what of the model learns from them, for comparison."""
+    found: dict[str, Any] = {"task": job.task, "model": str(job.model.absolute())}
+    found |= {name: [str(path.absolute()) for path in getattr(job, name)] for name in ("data", "valid")}
+    found |= {name: getattr(job, name) for name in ("scratch", "freeze", "layer_decay")}
+    options = asdict(job.options) | {"seed": job.seed}
+    del options["beams"]  # they concern what is predicted
+    return found | {"columns": dict(job.columns), "tokenizer": tokenizer.fingerprint} | options
 
 
 def _check_begun(run: Path, wanted: Mapping[str, Any]) -> None:
@@ -160,15 +166,16 @@ def _table(paths: Sequence[Path], kind: type[Task], named: Mapping[str, str]) ->
     return kind.read(find_columns(read_table(paths, kind.parallel_text), kind.columns, named, kind.optional))
 
 
-def _tokenizer(source: Weights) -> Tokenizer:
-    if source.tokenizer is None:
-        raise UserError(f"--model {source.name}: has no tokenizer beside it: give a run, or put its tokenizer into the folder")
-    if source.tokenizer.vocab_size > source.config.vocab_size:
+def _tokenizer(job: Job, source: Weights) -> Tokenizer:
+    found = load_tokenizer(job.tokenizer) if job.tokenizer else source.tokenizer
+    if found is None:
+        raise UserError(f"--model {source.name}: has no tokenizer beside it: give the model's own with --tokenizer FILE_OR_FOLDER")
+    if found.vocab_size > source.config.vocab_size:
         raise UserError(
-            f"--model {source.name}: its tokenizer has {source.tokenizer.vocab_size:,} tokens, its weights {source.config.vocab_size:,}: "
-            "the tokenizer belongs to another model: put the right one into the folder"
+            f"--model {source.name}: its tokenizer has {found.vocab_size:,} tokens, its weights {source.config.vocab_size:,}: "
+            "the tokenizer belongs to another model: give the right one with --tokenizer FILE_OR_FOLDER"
         )
-    return source.tokenizer
+    return found
 
 
 def _config(job: Job, task: Task, source: Weights, examples: Mapping[str, Sequence[Example]], run: Path) -> Config:
@@ -188,7 +195,7 @@ def _config(job: Job, task: Task, source: Weights, examples: Mapping[str, Sequen
     keys |= task.keys()
     if keys.get("model.head", "language") != "language":
         keys |= {"model.head_transform": False}
-    groups = _groups(job, model.layers if model.family != "encoder_decoder" else 0)
+    groups = _groups(job, model)
     return Config(model=model, objective=source.run_config().objective).override(
         keys | ({"optim.groups": groups} if groups else {}) | dict(job.overrides)
     )
@@ -199,22 +206,25 @@ def usual_lr(hidden: int, adapters: bool) -> float:
     return float(f"{min(5e-5 * 768 / hidden, 1e-3) * (10 if adapters else 1):.1e}")
 
 
-def _groups(job: Job, layers: int) -> tuple[str, ...]:
+def _groups(job: Job, model: ModelConfig) -> tuple[str, ...]:
     """Frozen blocks, and learning rates that fall from the last block to the first (Howard and Ruder 2018)."""
-    if (job.freeze or job.layer_decay != 1) and not layers:
-        raise UserError(
-            "--freeze and --layer-decay count the blocks of one stack: leave them out, or use --optim.groups 'encoder.*: frozen'"
-        )
-    if job.freeze > layers:
-        raise UserError(f"--freeze {job.freeze}: the model has {layers} blocks: lower it")
+    embeddings, *blocks = _depths(model)
+    if not 0 <= job.freeze <= len(blocks):
+        raise UserError(f"--freeze {job.freeze}: expected 0 to {len(blocks)}, the blocks of the model")
     if not 0 < job.layer_decay <= 1:
         raise UserError(f"--layer-decay {job.layer_decay:g}: expected a factor above 0, at most 1, such as 0.9")
-    rates = {f"blocks.{layer}.*": job.layer_decay ** (layers - layer) for layer in range(layers)} | {
-        "embedding.*": job.layer_decay ** (layers + 1)
-    }
-    groups = [f"{pattern}: lr={rate:.6g}" for pattern, rate in rates.items()] if job.layer_decay != 1 else []
-    frozen = ["embedding.*", *(f"blocks.{layer}.*" for layer in range(job.freeze))] if job.freeze else []
-    return (*groups, *(f"{pattern}: frozen" for pattern in frozen))
+    below = enumerate(reversed((embeddings, *blocks)), 1) if job.layer_decay != 1 else ()
+    rates = [f"{pattern}: lr={job.layer_decay**depth:.6g}" for depth, patterns in below for pattern in patterns]
+    frozen = (embeddings, *blocks[: job.freeze]) if job.freeze else ()
+    return (*rates, *(f"{pattern}: frozen" for patterns in frozen for pattern in patterns))
+
+
+def _depths(model: ModelConfig) -> list[tuple[str, ...]]:
+    """Patterns of the parts at each depth: the embeddings, then each block; the decoder's blocks stand on the encoder's."""
+    if model.family != "encoder_decoder":
+        return [("embedding.*",), *((f"blocks.{layer}.*",) for layer in range(model.layers))]
+    encoder, (first, *others) = ([(f"{stack}.{layer}.*",) for layer in range(model.layers)] for stack in ("encoder", "decoder"))
+    return [("embedding.*", "bridge.embedding.*"), *encoder, ("bridge.norm.*", *first), *others]
 
 
 def load_task(folder: Path) -> Task:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from teratron.tasks.finetune.judge import Judgement, judge, write_judgement
 from teratron.tasks.finetune.prepare import Job, prepare
@@ -17,8 +18,8 @@ Train = Callable[[Path, Path], int]
 """Trains as a config file says, in a run folder; returns an exit code."""
 
 
-def finetune(job: Job, run: Path, train: Train) -> int:
-    """All seeds of a job; returns the exit code of the first training that did not come to its end, else 0."""
+def finetune(job: Job, run: Path, train: Train, device: torch.device) -> int:
+    """All seeds of a job, judged on a device; returns the exit code of the first training that did not come to its end, else 0."""
     folders = [run / f"seed-{number}" for number in range(1, job.seeds + 1)] if job.seeds > 1 else [run]
     first = job.seed
     found = []
@@ -28,7 +29,7 @@ def finetune(job: Job, run: Path, train: Train) -> int:
         if code:
             return code
         table = prepared.tables["test"]
-        judgement = judge(folder, table.rows)
+        judgement = judge(folder, table.rows, device)
         write_judgement(folder / SCORES, judgement)
         print(f"{table.name}: {judgement.count:,} examples, with the weights of step {judgement.step:,}")
         print(judgement.told())

@@ -125,22 +125,27 @@ class Task:
         raise NotImplementedError
 
 
-def whole_model(source: Weights) -> Model:
-    """A model with its weights, to be used and not to learn."""
+def whole_model(source: Weights, device: torch.device) -> Model:
+    """A model with its weights in float32, to be used and not to learn."""
     model = build_model(source.config)
     load_entries(model, source.parts)
-    return model.eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def forward(model: Model, config: Config, examples: Sequence[Example]) -> Iterator[tuple[np.ndarray, Batch, dict[str, Tensor]]]:
     """The model's last state on examples: (their numbers, the batch, the state), longest together so that little is padding."""
     held, objective = Examples.of(examples), build_objective(config)
-    order, device = np.argsort(held.lengths, kind="stable"), next(model.parameters()).device
+    order, device = np.argsort(held.lengths, kind="stable"), device_of(model)
     for start in range(0, len(order), BATCH):
         numbers = order[start : start + BATCH]
         batch = {name: tensor.to(device) for name, tensor in objective.prepare(held, numbers, SpecialTokens(0)).items()}
         yield numbers, batch, model(objective.inputs(batch))
+
+
+def device_of(model: Model) -> torch.device:
+    """Where its weights are."""
+    return next(model.parameters()).device
 
 
 def weights_of(counts: Sequence[int], kind: str) -> np.ndarray:
