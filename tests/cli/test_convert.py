@@ -149,7 +149,10 @@ def test_places_that_cannot_be_written_are_refused(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("in out --to run --dtype bf16", "--dtype: has no effect with --to run, only with --to weights|huggingface|megatron|peft: leave it out"),
+        (
+            "in out --to run --dtype bf16",
+            "--dtype: has no effect with --to run, only with --to weights|huggingface|megatron|peft: leave it out",
+        ),
         ("in out --to run --adapter x", "--adapter: has no effect with --to run"),
         ("in out --to run --upcycle 4", "--upcycle: has no effect with --to run"),
         ("in out --to run --overwrite", "--overwrite: has no effect with --to run"),

@@ -91,7 +91,10 @@ def test_eval_measures_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["perplexty", "--data", "t.txt"], "there is no task 'perplexty' (did you mean 'perplexity'?)"),
         (["choise", "--data", "t.txt"], "there is no task 'choise' (did you mean 'choice'?)"),
         (["choice", "--data", "t.jsonl", "--stride", "32"], "--stride: concerns perplexity alone, not choice: leave it out"),
-        (["lambada", "choice", "--data", "a", "b", "--detokenise=wikitext"], "--detokenise: concerns perplexity alone, not lambada or choice"),
+        (
+            ["lambada", "choice", "--data", "a", "b", "--detokenise=wikitext"],
+            "--detokenise: concerns perplexity alone, not lambada or choice",
+        ),
         (["choice", "--data", "t.jsonl", "--columns", "text=a"], "--columns: concerns the task of a fine-tuned run"),
         (["classify", "--data", "t.jsonl", "--nproc", "2"], "--nproc: classify, the task of a fine-tuned run, runs in one process"),
         (["classify", "--data", "t.jsonl", "--precision=bf16"], "with the numbers that it was trained with: leave --precision out"),

@@ -52,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="adapters in PEFT's format, to be merged into the weights")
     parser.add_argument("--dtype", choices=DTYPES, help="numbers in the file (default: as they are stored)")
-    parser.add_argument(
-        "--upcycle", type=int, metavar="EXPERTS", help="make every feed-forward layer a mixture of so many copies"
-    )
+    parser.add_argument("--upcycle", type=int, metavar="EXPERTS", help="make every feed-forward layer a mixture of so many copies")
     parser.add_argument("--experts-per-token", type=int, default=2, metavar="K", help="with --upcycle: experts of a token (default: 2)")
     megatron = parser.add_argument_group("with --to megatron")
     megatron.add_argument(
