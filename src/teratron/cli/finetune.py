@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--test", type=Path, nargs="+", default=[], metavar="FILE", help="examples that judge at the end (default: --valid)"
     )
-    parser.add_argument("--tokenizer", default="", metavar="T", help="tokenizer file, folder or `bytes`, instead of the model's own")
+    parser.add_argument("--tokenizer", metavar="T", help="tokenizer file, folder or `bytes`, instead of the model's own")
     parser.add_argument("--run", type=Path, required=True, help="folder of the run; the same command goes on there")
     parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="where columns have unusual names: text=review")
     parser.add_argument("--epochs", type=float, default=3.0, help="times that each example is seen at most (default: 3)")

@@ -36,8 +36,8 @@ class Job:
     data: tuple[Path, ...]
     valid: tuple[Path, ...] = ()
     test: tuple[Path, ...] = ()
-    tokenizer: str = ""
-    """File, folder or `bytes`; "" = the one beside the model."""
+    tokenizer: str | None = None
+    """File, folder or `bytes`; None = the one beside the model."""
     columns: Mapping[str, str] = field(default_factory=dict)
     epochs: float = 3.0
     options: Options = field(default_factory=lambda: Options(0))
