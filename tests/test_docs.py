@@ -64,6 +64,12 @@ def test_links_and_images_are_there(path: Path) -> None:
 
 
 @page
+def test_pages_name_no_place_outside_of_the_checkout(path: Path) -> None:
+    """Commands are typed in the checkout; links are checked above."""
+    assert not re.search(r"(?<![\w.])\.\./", re.sub(r"\]\([^)]*\)", "", path.read_text("utf-8")))
+
+
+@page
 def test_keys_exist(path: Path) -> None:
     assert unknown_keys(path.read_text("utf-8")) == []
 

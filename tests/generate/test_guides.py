@@ -189,5 +189,5 @@ def test_what_a_tokenizer_cannot_write_is_refused() -> None:
 
 def test_without_the_package_it_says_what_to_install(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
-    with pytest.raises(UserError, match=r"needs the llguidance package: pip install 'teratron\[constrain\]'"):
+    with pytest.raises(UserError, match=r"needs the llguidance package: pip install llguidance"):
         generate(loaded, "Hi", regex="[0-9]+")

@@ -131,8 +131,6 @@ def _file_system(place: str) -> tuple[Any, str]:
     try:
         import fsspec
     except ImportError:
-        raise UserError(
-            f"checkpoint.copy_to = {place}: needs the fsspec package: pip install 'teratron[fsspec]', or give a folder"
-        ) from None
+        raise UserError(f"checkpoint.copy_to = {place}: needs the fsspec package: pip install fsspec, or give a folder") from None
     files, root = fsspec.core.url_to_fs(place)
     return files, str(root)

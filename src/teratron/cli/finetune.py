@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help="where columns have unusual names: text=review")
     parser.add_argument("--epochs", type=float, default=3.0, help="times that each example is seen at most (default: 3)")
     parser.add_argument("--length", type=int, default=0, help="longest sequence, in tokens (default: what the examples need)")
-    parser.add_argument("--stride", type=int, default=0, help="tokens that pieces of a long document share (default: it is cut off)")
+    text = "tokens that pieces of a long document share, not those that they advance (default: it is cut off)"
+    parser.add_argument("--stride", type=int, default=0, help=text)
     parser.add_argument("--class-weights", choices=("none", "balanced"), default="none", help="balanced: rare classes weigh more")
     parser.add_argument(
         "--target-length", type=int, default=0, metavar="N", help="longest text to write, in tokens (default: 128, if there is room)"

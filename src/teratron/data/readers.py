@@ -93,8 +93,8 @@ def find_files(inputs: Sequence[Path]) -> Files:
             files.paths.append(path)
             files.sizes.append(path.stat().st_size)
         files.sources.append({"path": str(item), "files": len(files.paths) - before, "bytes": sum(files.sizes[before:])})
-    _require(files.paths, ".parquet", "pyarrow", "parquet")
-    _require(files.paths, ".jsonl.zst", "zstandard", "zstd")
+    _require(files.paths, ".parquet", "pyarrow")
+    _require(files.paths, ".jsonl.zst", "zstandard")
     return files
 
 
@@ -114,10 +114,10 @@ def _is_known(name: str) -> bool:
     return name.endswith((*LINE_SUFFIXES, ".parquet", *TEXT_SUFFIXES)) and not name.endswith(REJECTED)
 
 
-def _require(paths: list[Path], suffix: str, package: str, extra: str) -> None:
+def _require(paths: list[Path], suffix: str, package: str) -> None:
     first = next((path for path in paths if path.name.lower().endswith(suffix)), None)
     if first is not None and importlib.util.find_spec(package) is None:
-        raise UserError(f"{first}: reading it needs the {package} package: pip install 'teratron[{extra}]'")
+        raise UserError(f"{first}: reading it needs the {package} package: pip install {package}")
 
 
 def read_records(files: Files, reading: Reading, meter: Meter) -> Iterator[Record | Rejection]:

@@ -74,7 +74,7 @@ def load_sentencepiece(file: Path, eod: str) -> SentencePieceTokenizer:
     try:
         import sentencepiece  # noqa: F401
     except ImportError:
-        raise UserError(f"tokenizer {file}: needs the sentencepiece package: pip install 'teratron[sentencepiece]'") from None
+        raise UserError(f"tokenizer {file}: needs the sentencepiece package: pip install sentencepiece") from None
     from teratron.data.tok_huggingface import configured_eod
 
     model = file.read_bytes()

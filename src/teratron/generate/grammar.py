@@ -137,5 +137,5 @@ def _library() -> ModuleType:
     try:
         import llguidance
     except ImportError:
-        raise UserError("a regular expression or JSON schema needs the llguidance package: pip install 'teratron[constrain]'") from None
+        raise UserError("a regular expression or JSON schema needs the llguidance package: pip install llguidance") from None
     return llguidance

@@ -20,7 +20,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError:
-    MISSING = "the package lm-eval is missing: pip install 'teratron[lm-eval]'"
+    MISSING = "the package lm-eval is missing: pip install lm-eval"
     if __name__ == "__main__":
         sys.exit(f"teratron: error: {MISSING}")
     raise UserError(MISSING) from None

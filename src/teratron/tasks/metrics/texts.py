@@ -54,4 +54,5 @@ def _package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"the package {name.replace('_', '-')} is missing for this metric: pip install 'teratron[eval]'") from None
+        package = name.replace("_", "-")
+        raise UserError(f"the package {package} is missing for this metric: pip install {package}") from None
