@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tuned import ANIMALS, COLOURS, decoder, finetune, scores
 
+from teratron.cli.main import main
 from teratron.config import Config, ModelConfig, UserError
 from teratron.data.examples import Example
 from teratron.data.tokenizer import ByteTokenizer
@@ -175,7 +176,7 @@ def test_an_unknown_template_is_refused() -> None:
         task(template="chatm").examples([ROW], decoder(512))
 
 
-def test_it_learns_to_answer(tmp_path: Path) -> None:
+def test_it_learns_to_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = dict(zip(COLOURS, ANIMALS, strict=True))
     rows = [{"instruction": colour, "output": animal} for colour, animal in pairs.items()] * 48
     more = ("--template", "text", "--pack", "--target-length", "3", "--epochs", "20")
@@ -184,6 +185,13 @@ def test_it_learns_to_answer(tmp_path: Path) -> None:
     assert found["metrics"]["rougeL"]["value"] == 1 > found["baseline"]["rougeL"]
     assert found["metrics"]["perplexity"]["value"] < 1.5
     assert reply(tmp_path / "run", [{"role": "user", "content": "red"}]) == pairs["red"]
+    capsys.readouterr()
+    command = ["generate", str(tmp_path / "run"), "--chat", "red"]
+    assert main(command) == 0
+    assert capsys.readouterr().out == pairs["red"] + "\n"
+    for more, told in ((["--seed", "1"], "--seed has no effect"), (["blue"], "the prompt 'blue' has no effect")):
+        assert main([*command, *more]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_the_baseline_repeats_the_question() -> None:

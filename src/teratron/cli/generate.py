@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teratron.cli.parser import text
+from teratron.cli.parser import given, text
 from teratron.cli.workers import add_nproc, run_workers
 from teratron.config import UserError
 
@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="MODEL", help="a run folder, a checkpoint folder or a Hugging Face folder")
     parser.add_argument(
         "prompt", nargs="?", type=text, metavar="PROMPT", help="text to continue; - reads it from standard input (default: none)"
+    )
+    parser.add_argument(
+        "--chat", type=text, metavar="TEXT", help="give the answer to this of a run of `teratron finetune chat`; beside --device alone"
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line (blank lines are skipped), or .jsonl records")
     parser.add_argument(
@@ -81,6 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.chat is not None:
+        return _answer(args)
     _check_output(args.output)  # before the slow imports, as are the files that are read
     schema = None if args.json_schema is None else _text_of(args.json_schema, "--json-schema")
     code = run_workers(args)
@@ -106,6 +111,18 @@ def run(args: argparse.Namespace) -> int:
             _stream(loaded, prompts[0], request)
         else:
             _complete(loaded, prompts, request, args.output if leads else None)
+    return 0
+
+
+def _answer(args: argparse.Namespace) -> int:
+    """Print what a run of chat says, which writes as it was judged."""
+    others = sorted(given(args) - {"--chat", "--device"})
+    if others or args.prompt is not None:
+        beside = others[0] if others else f"the prompt {args.prompt!r}"
+        raise UserError(f"--chat: {beside} has no effect, a run of `teratron finetune chat` answers as it was judged: leave it out")
+    from teratron.tasks.finetune.use import reply
+
+    print(reply(args.source, [{"role": "user", "content": args.chat}], device=args.device))
     return 0
 
 
