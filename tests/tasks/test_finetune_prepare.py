@@ -1,4 +1,4 @@
-"""What `teratron finetune` prepares: whose tokenizer it is, which parts learn, and that a run's examples stay what they are."""
+"""What `teratron finetune` prepares: whose tokenizer it is, which parts learn, that examples stay what they are; and where it judges."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tuned import BAD, COLOURS, GOOD, finetune, pretrained
+import torch
+from tuned import BAD, COLOURS, GOOD, encoder, finetune, pretrained, reading
 
 from teratron.checkpoint.exchange import open_weights
 from teratron.cli.main import main
 from teratron.config import Config
 from teratron.config.groups import parse_group
+from teratron.tasks.finetune.judge import best_model
+from teratron.tasks.finetune.task import forward
 
 ROWS = [{"text": f"it was {word}", "label": label} for label, words in (("good", GOOD), ("bad", BAD)) for word in words] * 6
 PAIRS = [{"source": colour, "target": colour} for colour in COLOURS] * 4
@@ -112,3 +115,12 @@ def test_a_frozen_encoder_stays_while_the_decoder_learns(tmp_path: Path) -> None
     assert moved
     assert all(name.startswith(("decoder.", "bridge.norm.", "head.")) for name in moved)
     assert any(name.startswith("decoder.") for name in moved)
+
+
+def test_a_run_is_judged_on_the_device_that_is_asked_for() -> None:
+    # The meta device stands for any that is not the CPU: all that is not moved there would be refused.
+    (model, _, _), of = best_model(pretrained("encoder"), torch.device("meta")), encoder()
+    fields = of.fields(of.framed(of.encode(["red cat"])[0]))
+    example = fields | {"targets": fields["tokens"], "weights": fields["tokens"] * 0.0}
+    ((_, batch, state),) = forward(model, reading("classes", 2), [example])
+    assert {tensor.device.type for tensor in (*batch.values(), *state.values())} == {"meta"}
