@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tuned import BAD, GOOD, finetune, scores, write
 
 from teratron.cli.main import main
+from teratron.models import Model
+from teratron.tasks.finetune import Classify
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,20 @@ def test_the_seed_draws_the_intervals_alone(folder: Path, tmp_path: Path) -> Non
     values, bounds = ([{name: metric[key] for name, metric in one.items()} for one in found] for key in ("value", "low"))
     assert values[0] == values[1]
     assert bounds[0] != bounds[1]
+
+
+def test_the_batch_is_what_was_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    predict = Classify.predict
+
+    def counted(self: Classify, model: Model, *rest: Any) -> Any:
+        model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0]["tokens"])))
+        return predict(self, model, *rest)
+
+    monkeypatch.setattr(Classify, "predict", counted)
+    words = ["eval", str(folder / "run"), "classify", "--data", str(folder / "test.jsonl"), "--columns", "text=review"]
+    assert main([*words, "--batch", "4"]) == 0
+    assert seen == [4, 4, 1]
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,6 @@ def test_eval_measures_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["classify", "--data", "t.jsonl", "--nproc", "2"], "--nproc: classify, the task of a fine-tuned run, runs in one process"),
         (["classify", "--data", "t.jsonl", "--precision=bf16"], "with the numbers that it was trained with: leave --precision out"),
         (["tag", "--data", "t.jsonl", "--tokenizer", "bytes"], "leave --tokenizer out"),
-        (["tag", "--data", "t.jsonl", "--batch", "8"], "leave --batch out"),
         (["choice", "lambada", "--data", "a", "b", "c"], "2 tasks and 3 files under --data"),
         (["choice", "--data", "t.txt", "--batch", "0"], "--batch 0: expected at least 1"),
         (["choice", "--data", "none.jsonl"], "none.jsonl: no such file"),

@@ -27,7 +27,6 @@ UNUSED = {
     "--nproc": "runs in one process",
     "--precision": "computes with the numbers that it was trained with",
     "--tokenizer": "reads with the tokenizer that it was trained with",
-    "--batch": "makes its own batches, which change no number",
 }
 """What the task of a fine-tuned run does not take, and why."""
 
@@ -130,7 +129,7 @@ def _evaluate(
     from teratron.tasks.evaluate.finetuned import evaluate_run
 
     if task is None or scorer is None:
-        return evaluate_run(name, Path(args.model), file, columns_of(args.columns), args.limit, args.seed, device)
+        return evaluate_run(name, Path(args.model), file, columns_of(args.columns), args.limit, args.seed, args.batch, device)
     with _bar(f"{name} {file.name}", leads) as done:
         return evaluate(name, task, file, scorer, args.limit, args.seed, done)
 

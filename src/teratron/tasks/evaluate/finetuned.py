@@ -17,10 +17,13 @@ from teratron.tasks.finetune.prepare import load_task
 from teratron.tasks.finetune.rows import find_columns, read_table
 
 
-def evaluate_run(name: str, run: Path, file: Path, columns: Mapping[str, str], limit: int, seed: int, device: torch.device) -> Report:
-    """Its best checkpoint on the rows of a file, beside the task's baseline; columns: by their roles, where their names are unusual.
+def evaluate_run(
+    name: str, run: Path, file: Path, columns: Mapping[str, str], limit: int, seed: int, batch: int, device: torch.device
+) -> Report:
+    """Its best checkpoint on the rows of a file, beside the task's baseline.
 
-    seed: of the intervals' draws. Raises `UserError` for a run of another task, and for rows that do not fit it.
+    Args: columns: by their roles, where their names are unusual. seed: of the intervals' draws. batch: examples of one forward pass.
+    Raises `UserError` for a run of another task, and for rows that do not fit it.
     """
     begun = time.perf_counter()
     task = load_task(run)
@@ -28,7 +31,7 @@ def evaluate_run(name: str, run: Path, file: Path, columns: Mapping[str, str], l
         raise UserError(f"{run}: was fine-tuned for {task.name}, not for {name}: type `teratron eval {run} {task.name} --data {file}`")
     table = task.read(find_columns(read_table([file], task.parallel_text), task.columns, columns, task.optional))
     task.check(table.rows, table.name)
-    judged = judge(run, table.rows[: limit or None], device, seed)
+    judged = judge(run, table.rows[: limit or None], device, seed, batch)
     scored = judged.scored
     missed = [int(n) for n in np.argsort(scored.good, kind="stable") if scored.good[n] < 1]
     wrong = tuple(Mistake(scored.shown[n], scored.gold[n], scored.predicted[n]) for n in missed[:SHOWN])

@@ -117,7 +117,7 @@ class Answer(Task):
         best: list[tuple[float, int, int]] = [(-np.inf, 0, 0)] * len(rows)
         none = np.full(len(rows), np.inf if self.facts["unanswered"] else -np.inf)
         examples = [self._example(piece, -1, -1, coder) for piece in pieces]
-        for numbers, batch, state in forward(model, config, examples):
+        for numbers, batch, state in forward(model, config, examples, self.batch):
             scores = pointed(model, state, batch["candidates"]).double().log_softmax(1).cpu().numpy()
             for number, of_tokens in zip(numbers, scores, strict=True):
                 piece = pieces[number]

@@ -80,7 +80,7 @@ class Chat(Task):
         examples = self._written(rows, coder)
         texts = self.replies(model, config, [row["messages"][:-1] for row in rows], coder)
         counts = [int(example["weights"].sum()) for example in examples]
-        return [Reply(*found) for found in zip(texts, losses(model, config, examples).tolist(), counts, strict=True)]
+        return [Reply(*found) for found in zip(texts, losses(model, config, examples, self.batch).tolist(), counts, strict=True)]
 
     def replies(self, model: Model, config: Config, asked: Sequence[Messages], coder: Coder) -> list[str]:
         """What the model says next in each conversation."""
@@ -90,7 +90,7 @@ class Chat(Task):
         turns = [fitted(writer.turns(messages), room) for messages in asked]
         prompts = [np.concatenate([writer.begin, *map(_ids, kept), before]).astype(np.int64) for kept in turns]
         stop = [writer.template.stop] if writer.template.stop else []
-        return written(model, config, prompts, coder, most, self.options.beams, stop)
+        return written(model, config, prompts, coder, most, self.options.beams, self.batch, stop)
 
     def score(self, rows: Sequence[Row], predictions: Sequence[Reply]) -> Scored:
         texts, gold = [reply.text for reply in predictions], [row["messages"][-1]["content"] for row in rows]

@@ -80,7 +80,7 @@ class Choose(Task):
     def predict(self, model: Model, config: Config, rows: Sequence[Row], coder: Coder) -> Sequence[int]:
         """The number of the likeliest choice, from 0."""
         examples, found = self.examples(rows, coder), np.zeros(len(rows), np.int64)
-        for numbers, batch, state in forward(model, config, examples):
+        for numbers, batch, state in forward(model, config, examples, self.batch):
             best = pointed(model, state, batch["candidates"])[..., 0].argmax(1, keepdim=True)
             found[numbers] = batch["segments"].gather(1, best)[:, 0].cpu().numpy()
         return found.tolist()

@@ -97,7 +97,7 @@ class Classify(Task):
         owners = np.repeat(np.arange(len(rows)), [len(found) for found in pieces])
         examples = [self._example(piece, 0, 1.0, coder) for found in pieces for piece in found]
         sums = np.zeros((len(rows), len(self.facts["labels"])))
-        for numbers, batch, state in forward(model, config, examples):
+        for numbers, batch, state in forward(model, config, examples, self.batch):
             scores = pooled_scores(model, state, batch) if self.facts["pooled"] else model.head.scores(state)[batch["weights"] > 0]
             np.add.at(sums, owners[numbers], scores.double().log_softmax(-1).cpu().numpy())
         return list(sums / np.array([[len(found)] for found in pieces]))

@@ -18,7 +18,7 @@ from teratron.models import Model
 from teratron.objectives.compared import vectors_of
 from teratron.tasks.finetune.coder import Coder
 from teratron.tasks.finetune.rows import Row, Table
-from teratron.tasks.finetune.task import Scored, Task, forward, text_of
+from teratron.tasks.finetune.task import BATCH, Scored, Task, forward, text_of
 from teratron.tasks.metrics import Metric, ndcg, recall_at, reciprocal_rank, spearman
 
 ALIKE = ("entailment", "duplicate", "paraphrase", "1", "true", "yes")
@@ -95,7 +95,8 @@ class Embed(Task):
 
     def predict(self, model: Model, config: Config, rows: Sequence[Row], coder: Coder) -> Sequence[np.ndarray]:
         """Unit vectors of both texts, [2, H]."""
-        sides = [vectors(model, config, [row[role] or row["text"] for row in rows], coder) for role in ("text", "positive")]
+        texts = ([row[role] or row["text"] for row in rows] for role in ("text", "positive"))
+        sides = [vectors(model, config, side, coder, self.batch) for side in texts]
         return list(np.stack(sides, axis=1))
 
     def score(self, rows: Sequence[Row], predictions: Sequence[np.ndarray]) -> Scored:
@@ -130,10 +131,11 @@ class Embed(Task):
 
 
 @torch.no_grad()
-def vectors(model: Model, config: Config, texts: Sequence[str], coder: Coder) -> np.ndarray:
+def vectors(model: Model, config: Config, texts: Sequence[str], coder: Coder, size: int = BATCH) -> np.ndarray:
     """Unit vectors of texts, float32 [N, H]."""
     found = np.zeros((len(texts), config.model.hidden), np.float32)
-    for numbers, batch, state in forward(model, config, [side_by_side([_segment(text, coder)]) for text in coder.encode(texts)]):
+    examples = [side_by_side([_segment(text, coder)]) for text in coder.encode(texts)]
+    for numbers, batch, state in forward(model, config, examples, size):
         found[numbers] = vectors_of(model, state, batch)[:, 0].float().cpu().numpy()
     return found
 

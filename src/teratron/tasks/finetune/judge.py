@@ -18,7 +18,7 @@ from teratron.models import Model
 from teratron.tasks.finetune.coder import Coder
 from teratron.tasks.finetune.prepare import load_task, run_tokenizer
 from teratron.tasks.finetune.rows import Row
-from teratron.tasks.finetune.task import Scored, whole_model
+from teratron.tasks.finetune.task import BATCH, Scored, whole_model
 from teratron.tasks.metrics import Estimate, estimate
 
 
@@ -48,9 +48,10 @@ class Judgement:
         return {"step": self.step, "examples": self.count, "metrics": metrics, "baseline": self.baseline}
 
 
-def judge(run: Path, rows: Sequence[Row], device: torch.device, seed: int = 0) -> Judgement:
-    """Predictions of a run's best checkpoint on rows, scored; seed: of the intervals' draws."""
+def judge(run: Path, rows: Sequence[Row], device: torch.device, seed: int = 0, batch: int = BATCH) -> Judgement:
+    """Predictions of a run's best checkpoint on rows, scored; seed: of the intervals' draws; batch: examples of one forward pass."""
     task, (model, config, step) = load_task(run), best_model(run, device)
+    task.batch = batch
     coder = Coder(run_tokenizer(run), config.model, task.options.length)
     scored = task.score(rows, task.predict(model, config, rows, coder))
     dull = task.score(rows, task.baseline(rows))

@@ -19,7 +19,7 @@ from teratron.tasks.finetune.chat import conversation, fitted
 from teratron.tasks.finetune.coder import Coder
 from teratron.tasks.finetune.conversations import messages_of
 from teratron.tasks.finetune.rows import Row, Table
-from teratron.tasks.finetune.task import Scored, Task, device_of, forward, whole_model
+from teratron.tasks.finetune.task import BATCH, Scored, Task, device_of, forward, whole_model
 from teratron.tasks.finetune.templates import Turn, Writer, template_of
 from teratron.tasks.metrics import Metric
 
@@ -72,7 +72,7 @@ class Prefer(Task):
     def predict(self, model: Model, config: Config, rows: Sequence[Row], coder: Coder) -> Sequence[np.ndarray]:
         """By how much the chosen answer is likelier than the rejected one: by the model, and by the one that it began with, [2] in nats."""
         examples, first = self.examples(rows, coder), whole_model(open_weights(Path(config.train.init)), device_of(model))
-        own, begun = (answers(one, config, examples) @ [1.0, -1.0] for one in (model, first))
+        own, begun = (answers(one, config, examples, self.batch) @ [1.0, -1.0] for one in (model, first))
         self._begun = begun
         return list(np.stack([own, begun], axis=1))
 
@@ -92,10 +92,10 @@ class Prefer(Task):
 
 
 @torch.no_grad()
-def answers(model: Model, config: Config, examples: Sequence[Example]) -> np.ndarray:
+def answers(model: Model, config: Config, examples: Sequence[Example], size: int = BATCH) -> np.ndarray:
     """Log-probabilities of the chosen and the rejected answer of each example, float64 [N, 2]."""
     found = np.zeros((len(examples), 2))
-    for numbers, batch, state in forward(model, config, examples):
+    for numbers, batch, state in forward(model, config, examples, size):
         found[numbers] = answer_scores(model, state["hidden"], batch).double().cpu().numpy()
     return found
 

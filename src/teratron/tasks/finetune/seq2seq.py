@@ -88,7 +88,7 @@ class Seq2Seq(Task):
     def predict(self, model: Model, config: Config, rows: Sequence[Row], coder: Coder) -> Sequence[str]:
         """What the model writes."""
         most = room_to_write(coder, self.options.target_length)
-        return written(model, config, self._prompts(rows, coder), coder, most, self.options.beams)
+        return written(model, config, self._prompts(rows, coder), coder, most, self.options.beams, self.batch)
 
     def score(self, rows: Sequence[Row], predictions: Sequence[str]) -> Scored:
         references = [row["target"] for row in rows]

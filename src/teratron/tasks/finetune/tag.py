@@ -96,7 +96,7 @@ class Tag(Task):
         labels, pieces = self.facts["labels"], list(self._pieces(rows, coder))
         found = [["O"] * len(row["words"]) for row in rows]
         examples = [coder.fields(piece.framed) for piece in pieces]
-        for numbers, _, state in forward(model, config, examples):
+        for numbers, _, state in forward(model, config, examples, self.batch):
             best = model.head.scores(state).argmax(-1).cpu().numpy()
             for number, of_tokens in zip(numbers, best, strict=True):
                 piece = pieces[number]

@@ -21,7 +21,7 @@ from teratron.tasks.finetune.rows import Row, Table
 from teratron.tasks.metrics import Metric
 
 BATCH = 32
-"""Examples of one forward pass when predictions are made."""
+"""Examples of one forward pass when predictions are made, unless another number is asked for."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class Task:
 
     options: Options
     facts: dict[str, Any] = field(default_factory=dict)
+    batch: int = BATCH
+    """Examples of one forward pass when predictions are made; changes numbers by rounding only."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -133,12 +135,14 @@ def whole_model(source: Weights, device: torch.device) -> Model:
 
 
 @torch.no_grad()
-def forward(model: Model, config: Config, examples: Sequence[Example]) -> Iterator[tuple[np.ndarray, Batch, dict[str, Tensor]]]:
-    """The model's last state on examples: (their numbers, the batch, the state), longest together so that little is padding."""
+def forward(
+    model: Model, config: Config, examples: Sequence[Example], size: int = BATCH
+) -> Iterator[tuple[np.ndarray, Batch, dict[str, Tensor]]]:
+    """The model's last state on examples, `size` at a time: (their numbers, the batch, the state), longest together to spare padding."""
     held, objective = Examples.of(examples), build_objective(config)
     order, device = np.argsort(held.lengths, kind="stable"), device_of(model)
-    for start in range(0, len(order), BATCH):
-        numbers = order[start : start + BATCH]
+    for start in range(0, len(order), size):
+        numbers = order[start : start + size]
         batch = {name: tensor.to(device) for name, tensor in objective.prepare(held, numbers, SpecialTokens(0)).items()}
         yield numbers, batch, model(objective.inputs(batch))
 

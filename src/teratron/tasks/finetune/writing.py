@@ -25,7 +25,7 @@ def room_to_write(coder: Coder, wanted: int) -> int:
 
 
 def written(
-    model: Model, config: Config, prompts: Sequence[np.ndarray], coder: Coder, most: int, beams: int = 1, stop: Sequence[str] = ()
+    model: Model, config: Config, prompts: Sequence[np.ndarray], coder: Coder, most: int, beams: int, batch: int, stop: Sequence[str] = ()
 ) -> list[str]:
     """The texts that a model writes behind prompts (or, with an encoder, about them), in their order, at most `most` tokens each.
 
@@ -34,17 +34,17 @@ def written(
     loaded = LoadedModel(cast("GPT | EncoderDecoder", model), config.model, coder.tokenizer, "the run", config.objective.name)
     how = BeamSearch(beams) if beams > 1 else Sampling(temperature=0.0)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    request = Request(how, most, tuple(stop), batch=BATCH * beams)
+    request = Request(how, most, tuple(stop), batch=batch * beams)
     done = complete(loaded, [prompts[number].tolist() for number in order], request)
     texts = dict(zip(order, (completion.text.strip() for completion in done), strict=True))
     return [texts[number] for number in range(len(prompts))]
 
 
 @torch.no_grad()
-def losses(model: Model, config: Config, examples: Sequence[Example]) -> np.ndarray:
+def losses(model: Model, config: Config, examples: Sequence[Example], size: int = BATCH) -> np.ndarray:
     """Cross-entropy in nats of the weighed tokens of each example, float64 [N]."""
     found = np.zeros(len(examples))
-    for numbers, batch, state in forward(model, config, examples):
+    for numbers, batch, state in forward(model, config, examples, size):
         for row, number in enumerate(numbers):
             own = (tensor[row : row + 1] for tensor in (state["hidden"], batch["targets"], batch["weights"]))
             found[number] = float(model.head.output.loss_sum(*own))
