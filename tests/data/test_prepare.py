@@ -285,14 +285,14 @@ def at_work(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_ctrl_c_leaves_nothing(at_work: subprocess.Popen[str], tmp_path: Path) -> None:
     # To the whole process group, as a terminal does.
     os.killpg(at_work.pid, signal.SIGINT)
-    _, errors = at_work.communicate(timeout=20)
+    _, errors = at_work.communicate(timeout=120)
     assert (at_work.returncode, errors) == (130, "teratron: interrupted\n")
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_termination_leaves_nothing(at_work: subprocess.Popen[str], tmp_path: Path) -> None:
     at_work.terminate()
-    _, errors = at_work.communicate(timeout=20)
+    _, errors = at_work.communicate(timeout=120)
     assert (at_work.returncode, errors) == (128 + signal.SIGTERM, "")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -300,7 +300,7 @@ def test_termination_leaves_nothing(at_work: subprocess.Popen[str], tmp_path: Pa
 def test_a_killed_process_leaves_nothing_that_looks_whole_and_no_worker(at_work: subprocess.Popen[str], tmp_path: Path) -> None:
     at_work.kill()
     # The workers hold the other end of its output: it ends only when they have.
-    at_work.communicate(timeout=20)
+    at_work.communicate(timeout=120)
     assert not (tmp_path / "out/data.idx").exists()
     with pytest.raises(UserError, match="no prepared dataset"):
         IndexedDataset(tmp_path / "out/data")

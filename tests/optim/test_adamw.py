@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from learning import CONFIG, learn, loss_of, made, optimizer_of
 from torch import Tensor, nn
+from trials import CONFIG, learn, loss_of, made, optimizer_of
 
 from teratron.config import OptimConfig
 from teratron.models import build_model, initialise, parts_of

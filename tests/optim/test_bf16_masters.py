@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from learning import learn, loss_of, made, optimizer_of
 from torch import Tensor
+from trials import learn, loss_of, made, optimizer_of
 
 from teratron.config import OptimConfig
 from teratron.optim import OPTIMIZERS, Optimizer

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from learning import made, optimizer_of
 from torch import Tensor
+from trials import made, optimizer_of
 
 from teratron.config import OptimConfig
 from teratron.models import parts_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from learning import CONFIG, learn, made
+from trials import CONFIG, learn, made
 
 from teratron.config import OptimConfig, ParallelConfig, UserError
 from teratron.optim import build_optimizer

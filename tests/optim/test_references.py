@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from learning import learn, loss_of, made, optimizer_of
 from torch import Tensor, nn
+from trials import learn, loss_of, made, optimizer_of
 
 from teratron.config import OptimConfig
 from teratron.models import Model, Part, parts_of

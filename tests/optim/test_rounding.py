@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from learning import learn, made, optimizer_of
 from torch import Tensor
+from trials import learn, made, optimizer_of
 
 from teratron.config import OptimConfig
 from teratron.optim.rounding import round_into

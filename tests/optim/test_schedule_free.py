@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from learning import learn, loss_of, made, optimizer_of
 from torch import Tensor
+from trials import learn, loss_of, made, optimizer_of
 
 from teratron.config import OptimConfig
 from teratron.optim import Optimizer

@@ -80,6 +80,7 @@ def test_every_leaf_has_exactly_one_row(style: ModelConfig, family: str) -> None
 def test_every_row_is_some_leafs(family: str) -> None:
     """In one of the styles; an attention to the memory has q and kv instead of qkv, and no norms of heads."""
     styles = [dataclasses.replace(style, predict_tokens=2) for style in (GPT2, LLAMA, MIXTURE, BERT, LATENT, SANDWICHED, RELATIVE)]
+    styles.append(dataclasses.replace(GPT2, head="classes", classes=3))
     paths = {path for style in styles for path in leaves_of(build_model(config_of(style, family), device="meta"))}
     style = config_of(GPT2, family)
     paths |= {*leaves_of(build_model(style, range(1, FAMILIES[family].count_units(style)), "meta"))}  # without the owner of the table
@@ -205,7 +206,7 @@ def layouts(draw: st.DrawFn) -> dict[str, Any]:
 def test_any_layout_starts_from_the_single_processes_numbers(monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any]) -> None:
     """Each rank draws its own slices (contract C8); put together they are the whole model, every element
     once; moments are zero, and every element counts once in the norm."""
-    monkeypatch.setattr(FlatModel, "publish", lambda flat: None)  # which sends
+    monkeypatch.setattr(FlatModel, "publish", lambda flat, **more: None)  # which sends
     config, sizes = layout["config"], layout["sizes"]
     pieces, counted = [], 0.0
     for rank in range(math.prod(sizes.values())):

@@ -28,19 +28,28 @@ def key_help(width: int | None = None) -> str:
     columns = width or shutil.get_terminal_size((100, 24)).columns
     groups = list(_groups())
     name_width = max(len(key.name) for _, _, keys in groups for key in keys) + 2
-    default_width = max(len(key.default) for _, _, keys in groups for key in keys)
+    default_width = max(len(_short(key)) for _, _, keys in groups for key in keys)
     indent = 2 + name_width + 2 + default_width + 2
     lines = ["", "config keys, each with its default, meaning and [type]:"]
     for section, summary, keys in groups:
         lines += ["", *textwrap.wrap(f"{section}: {summary}", columns)]
         for key in keys:
+            told = f" Default: {key.default}." if _short(key) != key.default else ""
             meaning = textwrap.wrap(
-                f"{key.meaning} [{key.kind.replace('|', ', ')}]", max(columns - indent, 30), break_long_words=False, break_on_hyphens=False
+                f"{key.meaning}{told} [{key.kind.replace('|', ', ')}]",
+                max(columns - indent, 30),
+                break_long_words=False,
+                break_on_hyphens=False,
             )
-            lines.append(f"  {'--' + key.name:{name_width}}  {key.default:{default_width}}  {meaning[0]}")
+            lines.append(f"  {'--' + key.name:{name_width}}  {_short(key):{default_width}}  {meaning[0]}")
             lines += [" " * indent + line for line in meaning[1:]]
     notes = "Booleans: --section.key, --no-section.key or --section.key true|false. Lists take every value up to the next option."
     return "\n".join([*lines, "", *textwrap.wrap(notes, max(columns, 40))]) + "\n"
+
+
+def _short(key: Key) -> str:
+    """A default as its column has room for it."""
+    return key.default if len(key.default) <= 16 else "..."
 
 
 def markdown() -> str:
