@@ -17,12 +17,23 @@ class Lamb(Segmented):
     states: ClassVar = ("moment1", "moment2")
 
     def direct(self, gradient: Tensor, state: list[Tensor], weight: Tensor, decay: float, how: Update) -> None:
-        config, (moment1, moment2) = self.config, state
-        moment1.lerp_(gradient, how.gain(1 - config.beta1, moment1))
-        moment2.lerp_(gradient.square(), how.gain(1 - config.beta2, moment2))
-        root = (moment2 / (1 - config.beta2**how.number)).sqrt_().add_(config.eps)
-        torch.div(moment1, root, out=gradient)
-        gradient.div_(1 - config.beta1**how.number).add_(weight, alpha=decay)
+        config, adam = self.config, torch.zeros_like(gradient)
+        torch._fused_adam_(  # from weights of zero, at a rate of -1: what is left there is Adam's direction, in one pass
+            [adam],
+            [gradient],
+            *([moment] for moment in state),
+            [],
+            [torch.tensor(float(how.number), device=gradient.device)],
+            lr=-1.0,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            weight_decay=0.0,
+            eps=config.eps,
+            amsgrad=False,
+            maximize=False,
+            found_inf=how.skip,
+        )
+        torch.add(adam, weight, alpha=decay, out=gradient)
 
     def weigh(self) -> Tensor:
         buckets, config = self.flat.trained, self.config
