@@ -15,7 +15,7 @@ main() {
     if is_done "$inputs"; then return; fi
     make_venv
     install_torch
-    say "installing the other packages (about 150 MB to download)"
+    say "installing the other packages (about 200 MB to download)"
     pip_install -e ".[$extra]"
     printf '%s\n%s\n' "$inputs" "$extra" >"$stamp"
     say "ready in ${SECONDS} s: .venv is $(du -sh .venv | cut -f1)"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from teratron.checkpoint import open_weights, weights_for, write_weights
-from teratron.checkpoint.adapters import merged
+from teratron.checkpoint.adapters import base_of, merged
 from teratron.checkpoint.peft import CONFIG, TENSORS, with_adapter, write_peft
 from teratron.checkpoint.probe import logits_of, tokens_for
 from teratron.checkpoint.source import Weights
@@ -71,12 +71,6 @@ def tensors(weights: Weights) -> dict[str, Tensor]:
     return {entry.name: entry.values() for entry in weights.parts}
 
 
-def base_of(weights: Weights) -> Weights:
-    """The same without what adapters add."""
-    config = replace(weights.config, adapter_rank=0, adapter_dora=False)
-    return replace(weights, config=config, parts=[entry for entry in weights.parts if not entry.name.endswith(SUFFIXES)])
-
-
 @pytest.mark.parametrize("name", [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name not in FIRST)])
 def test_merged_weights_and_pefts_folder_compute_what_adapters_do(name: str, tmp_path: Path) -> None:
     weights = adapted(MODELS[name])
@@ -92,8 +86,7 @@ def test_merged_weights_and_pefts_folder_compute_what_adapters_do(name: str, tmp
         torch.testing.assert_close(tensors(found)[part], value, rtol=0, atol=1e-12, msg=part)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama-dora-q-v", "gpt2", "neox", "bert", "t5"])
+@pytest.mark.parametrize("name", [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in ("neox", "bert", "t5"))])
 def test_peft_computes_the_same_from_an_export(name: str, tmp_path: Path) -> None:
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     from teratron.checkpoint.huggingface import write_huggingface
@@ -110,6 +103,19 @@ def test_peft_computes_the_same_from_an_export(name: str, tmp_path: Path) -> Non
     with torch.no_grad():
         found = model(**inputs).logits
     torch.testing.assert_close(found, logits_of(weights, tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_adapters_appear_when_they_give_the_models_logits(wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of half types, where a fused layer has magnitudes for what is not adapted."""
+    weights = adapted(MODELS["gpt2-dora-q-v"]).cast(torch.bfloat16)
+    if wrong:
+        monkeypatch.setattr("teratron.checkpoint.peft._scale", lambda *_: 1.0)
+        with pytest.raises(UserError, match="not what was read: logits differ by"):
+            write_peft(weights, tmp_path / "peft")
+    else:
+        assert "logits of 16 tokens differ by at most" in write_peft(weights, tmp_path / "peft")
+    assert (tmp_path / "peft").exists() is not wrong
 
 
 def test_a_folder_from_elsewhere_is_merged_onto_its_base() -> None:
@@ -129,6 +135,26 @@ def test_a_folder_from_elsewhere_is_merged_onto_its_base() -> None:
     assert torch.equal(found["blocks.1.attention.q.weight"], before["blocks.1.attention.q.weight"])
     with pytest.raises(UserError, match=r"lm_head.weight has shape \[5, 64\], the model needs \[23, 64\]"):
         with_adapter(adapted(shape | {"vocab_size": 23}), SHARED)
+
+
+def test_a_folder_from_elsewhere_computes_what_it_does_in_peft(tmp_path: Path) -> None:
+    """Of its base, which is not here, the shape, with drawn weights."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    from teratron.checkpoint.huggingface import write_huggingface
+
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED.name} is not here")
+    rows = load_file(SHARED / TENSORS)["base_model.model.lm_head.weight"].shape[0]
+    shape = {"layers": 8, "hidden": 64, "heads": 16, "kv_heads": 0, "ffn": 256, "vocab_size": rows, "adapter_rank": 0}
+    base = adapted(LLAMA | shape).cast(torch.float32)
+    write_huggingface(base, tmp_path / "base", 10**9)
+    tokens = torch.arange(16)[None] % rows
+    with torch.no_grad():
+        plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+        before = plain(tokens).logits
+        expected = peft.PeftModel.from_pretrained(plain, SHARED).eval()(tokens).logits
+    assert (expected - before).abs().max() > 1e-2
+    torch.testing.assert_close(logits_of(with_adapter(base, SHARED), tokens), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,10 @@ def test_round_trips_are_exact(tmp_path: Path, name: str, kind: str) -> None:
     parts, layout = random_parts(config), Layout(2, 2) if kind == "legacy" else Layout(2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.distributed.checkpoint tells that there is one process
-        folder = write_megatron(weights_of(config, parts), tmp_path, layout, kind)
+        compared = write_megatron(weights_of(config, parts), tmp_path, layout, kind)
     found = open_weights(tmp_path)
-    assert folder.name == "iter_0000007"
+    assert (compared.parts, compared.difference) == (len(parts), 0)
+    assert (tmp_path / "iter_0000007").is_dir()
     assert (found.config, found.step) == (config, 7)
     assert_same({entry.name: entry.values() for entry in found.parts}, parts)
 
@@ -212,8 +213,8 @@ def assert_state(folder: Path, parts: Parts) -> None:
 @pytest.mark.parametrize("layout", [Layout(2), Layout(1, 2)])
 def test_the_optimizer_of_rank_files_goes_on(tmp_path: Path, layout: Layout) -> None:
     parts = random_parts(LLAMA)
-    folder = write_megatron(weights_of(LLAMA, parts), tmp_path / "theirs", layout, "legacy")
-    for path in folder.rglob("*.pt"):
+    write_megatron(weights_of(LLAMA, parts), tmp_path / "theirs", layout, "legacy")
+    for path in (tmp_path / "theirs").rglob("*.pt"):
         content = torch.load(path, weights_only=False)
         with_optimizer(content)
         torch.save(content, path)
@@ -236,10 +237,11 @@ def test_the_optimizer_of_torch_dist_goes_on(tmp_path: Path, monkeypatch: pytest
             return Planner([*chunks, *(c._replace(name=n, values=lambda c=c, f=f: f(c.values())) for c, n, f in named)], objects)  # type: ignore[misc]
 
         monkeypatch.setattr("teratron.checkpoint.megatron.planned.Planner", more)
-        folder = write_megatron(weights_of(LLAMA, parts), tmp_path / "theirs", Layout())
-    common = torch.load(folder / "common.pt", weights_only=False)
+        write_megatron(weights_of(LLAMA, parts), tmp_path / "theirs", Layout())
+    file = tmp_path / "theirs/iter_0000007/common.pt"
+    common = torch.load(file, weights_only=False)
     with_optimizer(common | {"model": {}})
-    torch.save(common, folder / "common.pt")
+    torch.save(common, file)
     assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "run"), "--to", "run"]) == 0
     assert_state(tmp_path / "run/checkpoints/step-00000007", parts)
 
@@ -300,6 +302,13 @@ def test_a_tracker_that_leads_nowhere_is_named(run: Path) -> None:
     (run / "latest_checkpointed_iteration.txt").write_text("soon")
     with pytest.raises(UserError, match="expected a number of steps or 'release'"):
         open_weights(run)
+
+
+def test_what_was_written_wrongly_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("teratron.checkpoint.megatron.write._share", lambda source, row, rank: 2 * source.tensor(row))
+    with pytest.raises(UserError, match=r"embedding.tokens.weight differs; nothing was put in place"):
+        write_megatron(weights_of(GPT2, random_parts(GPT2)), tmp_path / "out", Layout(), "legacy")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,9 @@ def saved(tmp_path: Path) -> Path:
 def test_the_file_holds_the_whole_weights(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.safetensors"
     assert main(["convert", str(saved), str(path)]) == 0
-    assert f"wrote {path}: the weights of {saved}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"wrote {path}: the weights of {saved}" in told
+    assert "parts are equal, logits of" in told
     found, expected = load_file(path), weights_of(training_state())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -106,7 +108,7 @@ def test_generate_takes_the_file_with_a_tokenizer(tmp_path: Path, capsys: pytest
 
 
 def test_only_one_tensor_is_held_at_a_time(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is put together when its turn has come, and gone when the next one is."""
+    """Each is put together when its turn has come, and gone when the next one is; also when they are compared."""
     alive: list[weakref.ref[Any]] = []
     original = TensorFiles.read
 
@@ -118,7 +120,7 @@ def test_only_one_tensor_is_held_at_a_time(saved: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(TensorFiles, "read", watched)
     assert main(["convert", str(saved), str(tmp_path / "out.safetensors")]) == 0
-    assert len(alive) == len(weights_of(training_state()))
+    assert len(alive) == 3 * len(weights_of(training_state()))  # written, compared, computed with
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -189,6 +191,24 @@ def test_a_full_disk_leaves_the_former_file(
     assert "No space left on device" in refused(capsys, saved, path, "--overwrite")
     assert path.read_bytes() == b"precious"
     assert sorted(item.name for item in tmp_path.iterdir()) == ["out.safetensors", "run"]
+
+
+def test_what_was_written_wrongly_does_not_appear(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def careless(path: Path, entries: list[stream.Entry], metadata: dict[str, str]) -> None:
+        stream.write_safetensors(path, [*entries[:-1], entries[-1]._replace(values=lambda: 2 * entries[-1].values())], metadata)
+
+    monkeypatch.setattr(weights_file, "write_safetensors", careless)
+    assert "differs; nothing was put in place: convert it again" in refused(capsys, saved, tmp_path / "out.safetensors")
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["run"]
+
+
+def test_weights_of_a_run_that_broke_down_are_written_as_they_are(tmp_path: Path) -> None:
+    tensors = training_state()
+    tensors["weight/head.norm.weight"][3] = float("nan")
+    folder = save_training(tmp_path, config(), whole_pieces(tensors), TrainingState(40))
+    assert main(["convert", str(folder), str(tmp_path / "out.safetensors")]) == 0
 
 
 def test_numbers_that_fp16_cannot_hold_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

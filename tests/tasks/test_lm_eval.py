@@ -23,7 +23,6 @@ from lm_eval.tasks import TaskManager
 from teratron.config import UserError
 from teratron.tasks.lm_eval import TeratronLM
 
-pytestmark = pytest.mark.slow
 TEXT = "The quick brown fox jumps over the lazy dog. How vexingly quick daft zebras jump! " * 20
 PAIRS = [("The quick", " brown fox"), ("", "The lazy dog"), ("a b ", "c"), ("zebras " * 60, "jump"), ("x", " y z"), ("line\n\n", "next")]
 
@@ -99,6 +98,7 @@ def test_texts_equal_those_of_hf(models: tuple[Any, Any]) -> None:
     assert any(ours)
 
 
+@pytest.mark.slow
 def test_a_task_of_a_local_file_has_the_same_results(folder: Path, models: tuple[Any, Any], tmp_path: Path) -> None:
     rows = [{"q": f"{word} is", "choices": ["quick", "lazy dog", "x"], "gold": n % 3} for n, word in enumerate(TEXT.split()[:12])]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -19,11 +19,15 @@ def merged(weights: Weights) -> Weights:
     """The same model without adapters: each weight becomes W + s B A, with magnitudes its rows are so long."""
     if not weights.config.adapter_rank:
         return weights
-    beside = {entry.name: entry for entry in weights.parts}
-    kept = [entry for entry in weights.parts if not entry.name.endswith(SUFFIXES)]
+    base, beside = base_of(weights), {entry.name: entry for entry in weights.parts}
+    return replace(base, parts=[_merged(entry, beside, weights.config.adapter_scale) for entry in base.parts])
+
+
+def base_of(weights: Weights) -> Weights:
+    """The model without its adapters and what they add."""
     run = None if weights.run is None else weights.run.override({"model.adapter_rank": 0, "model.adapter_dora": False})
     config = replace(weights.config, adapter_rank=0, adapter_dora=False)
-    return replace(weights, config=config, run=run, parts=[_merged(entry, beside, weights.config.adapter_scale) for entry in kept])
+    return replace(weights, config=config, run=run, parts=[entry for entry in weights.parts if not entry.name.endswith(SUFFIXES)])
 
 
 def _merged(entry: Entry, beside: dict[str, Entry], scale: float) -> Entry:

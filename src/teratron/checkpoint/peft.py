@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teratron.checkpoint.adapters import merged, with_product
+from teratron.checkpoint.adapters import base_of, merged, with_product
 from teratron.checkpoint.format import publish, write_synced
 from teratron.checkpoint.huggingface.describing import Described, describe
 from teratron.checkpoint.huggingface.layouts import BELOW, EACH_HEAD, NEIGHBOURS, TRANSPOSED, Layout, Link
 from teratron.checkpoint.huggingface.reading import read_json
 from teratron.checkpoint.huggingface.settings import Settings
+from teratron.checkpoint.probe import compare_logits
 from teratron.checkpoint.shards import Shards
 from teratron.checkpoint.source import Weights
 from teratron.checkpoint.stream import Entry, write_safetensors
@@ -59,7 +60,8 @@ def _rows(link: Link) -> Layout:
 def write_peft(weights: Weights, folder: Path, overwrite: bool = False) -> str:
     """Write a model's adapters, and a new head, as a folder that PEFT loads onto the same base; returns what there is to tell.
 
-    A fused layer of theirs gets one pair of matrices of all its parts' ranks together. Raises `UserError` for a model without
+    A fused layer of theirs gets one pair of matrices of all its parts' ranks together. The folder appears when, read back onto the base,
+    it gives the model's logits. Raises `UserError` for a model without
     adapters or that no class of theirs is, and where the folder exists or cannot be written.
     """
     if not weights.config.adapter_rank:
@@ -78,10 +80,16 @@ def write_peft(weights: Weights, folder: Path, overwrite: bool = False) -> str:
         write_safetensors(place / TENSORS, entries, {"format": "pt"})
         said = _config(weights, described, modules, [name for _, name in heads])
         write_synced(place / CONFIG, json.dumps(said, indent=2, sort_keys=True).encode())
+        compared = compare_logits(merged(exact := _exact(weights)), with_adapter(base_of(exact), place))
         publish(place, folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}: free some space, or choose another place") from None
-    return f"adapters of {len(modules)} layers for {described.name}"
+    return f"adapters of {len(modules)} layers for {described.name}; {compared}"
+
+
+def _exact(weights: Weights) -> Weights:
+    """In a type in which products of adapters are rounded alike wherever they are computed."""
+    return weights.cast(torch.promote_types(weights.parts[0].dtype, torch.float32))
 
 
 def _layer(part: str) -> str:
@@ -123,16 +131,16 @@ def _entries(module: Module, ours: Mapping[str, Entry], scale: float) -> list[En
             blocks[place][:, number * rank : (number + 1) * rank] = ours[f"{layers[place]}.lora_b"].values()
         return module.joined(blocks)
 
+    precise = torch.promote_types(dtype, torch.float32)  # a half type would scale whole rows by its rounding
+
     def lengths() -> Tensor:
-        found = [
-            (ours[f"{layer}.magnitude"].values() if place in module.adapted else ours[f"{layer}.weight"].values().norm(dim=1)).unsqueeze(1)
-            for place, layer in enumerate(layers)
-        ]
-        return module.joined(found).squeeze(1)
+        own = [ours[f"{layer}.{'magnitude' if n in module.adapted else 'weight'}"].values().to(precise) for n, layer in enumerate(layers)]
+        found = [length if length.dim() == 1 else length.norm(dim=1) for length in own]
+        return module.joined([length.unsqueeze(1) for length in found]).squeeze(1)
 
     made = [Entry(f"{name}.lora_A.weight", dtype, (total, inputs), a), Entry(f"{name}.lora_B.weight", dtype, (rows, total), b)]
     dora = f"{layers[module.adapted[0]]}.magnitude" in ours
-    return [*made, Entry(f"{name}.lora_magnitude_vector", dtype, (rows,), lengths)] if dora else made
+    return [*made, Entry(f"{name}.lora_magnitude_vector", precise, (rows,), lengths)] if dora else made
 
 
 def _config(weights: Weights, described: Described, modules: Sequence[Module], heads: Sequence[str]) -> dict[str, Any]:

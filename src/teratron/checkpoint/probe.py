@@ -1,9 +1,9 @@
-"""Whether what was written is what was read: part by part, and by what the model makes of a few tokens."""
+"""Whether what was written is what was read: bit for bit, and by what the model makes of a few tokens."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,33 +23,44 @@ class Compared:
     """What was found alike."""
 
     parts: int
+    """0 = parts are not stored as such."""
     tokens: int
     """0 = the model is too large to be computed here."""
     difference: float
     """The largest of the logits."""
 
     def __str__(self) -> str:
-        told = f"{self.parts:,} parts are equal"
+        told = f"{self.parts:,} parts are equal, " if self.parts else ""
         if not self.tokens:
-            return f"{told}; the model is too large to compare logits"
-        return f"{told}, logits of {self.tokens} tokens differ by at most {self.difference:.3g}"
+            return f"{told}the model is too large to compare logits"
+        return f"{told}logits of {self.tokens} tokens differ by at most {self.difference:.3g}"
 
 
 def compare(source: Weights, written: Weights) -> Compared:
-    """Raise `UserError` unless two models have the same parts, and give the same logits; the second may be of another type."""
+    """Raise `UserError` unless two models have the same parts, bit for bit, and give the same logits; the second may be of another type."""
     ours, theirs = ({entry.name: entry for entry in weights.parts} for weights in (source, written))
     if ours.keys() != theirs.keys():
         raise _wrong(written, f"{min(ours.keys() ^ theirs.keys())} is in one of the two alone")
     for name, entry in ours.items():
-        if not torch.equal(entry.values().to(theirs[name].dtype), theirs[name].values()):
+        if not torch.equal(_bits(entry.values().to(theirs[name].dtype)), _bits(theirs[name].values())):
             raise _wrong(written, f"{name} differs")
+    return replace(compare_logits(source.cast(written.parts[0].dtype), written), parts=len(ours))
+
+
+def compare_logits(source: Weights, written: Weights) -> Compared:
+    """Raise `UserError` unless two models, of which not every part need be alike, give the same logits."""
     if sum(math.prod(entry.shape) for entry in source.parts) > MOST:
-        return Compared(len(ours), 0, 0.0)
-    expected, found = (logits_of(weights, tokens_for(source)) for weights in (source.cast(written.parts[0].dtype), written))
-    difference = float((expected - found).abs().max())
-    if not difference <= 1e-5 * float(expected.abs().max()):
+        return Compared(0, 0, 0.0)
+    expected, found = (logits_of(weights, tokens_for(source)) for weights in (source, written))
+    difference = float((expected - found).nan_to_num().abs().max())
+    if not torch.allclose(found, expected, rtol=0, atol=1e-5 * float(expected.nan_to_num(posinf=0, neginf=0).abs().max()), equal_nan=True):
         raise _wrong(written, f"logits differ by {difference:.3g}")
-    return Compared(len(ours), found.shape[1], difference)
+    return Compared(0, found.shape[1], difference)
+
+
+def _bits(values: Tensor) -> Tensor:
+    """What compares alike also where numbers are none."""
+    return values.contiguous().view(torch.uint8)
 
 
 def _wrong(written: Weights, what: str) -> UserError:

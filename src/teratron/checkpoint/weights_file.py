@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from teratron.checkpoint.format import sync_folder
+from teratron.checkpoint.probe import Compared, compare
 from teratron.checkpoint.shards import Shards
 from teratron.checkpoint.source import Weights
 from teratron.checkpoint.stream import write_safetensors
@@ -19,11 +20,11 @@ from teratron.config.config import flatten
 FORMAT, VERSION = "teratron-weights", "1"
 
 
-def write_weights(weights: Weights, output: Path, overwrite: bool = False) -> int:
-    """Write weights, whole and under their parts' names, into one safetensors file; returns its bytes.
+def write_weights(weights: Weights, output: Path, overwrite: bool = False) -> Compared:
+    """Write weights, whole and under their parts' names, into one safetensors file.
 
-    Part by part, so that memory holds about the largest one; the file appears when it is complete. Its metadata are `format`,
-    `version`, `step` and `config` (JSON).
+    Part by part, so that memory holds about the largest one; the file appears when it has been read back and compared. Its metadata are
+    `format`, `version`, `step` and `config` (JSON).
 
     Raises `UserError` when the file exists (without overwrite) or cannot be written.
     """
@@ -34,14 +35,15 @@ def write_weights(weights: Weights, output: Path, overwrite: bool = False) -> in
     try:
         check_space(output, sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in entries))
         metadata = {"format": FORMAT, "version": VERSION, "step": str(weights.step), "config": config}
-        written = write_safetensors(partial, entries, metadata)
+        write_safetensors(partial, entries, metadata)
+        compared = compare(weights, open_weights_file(partial))
         partial.replace(output)
         sync_folder(output.parent)
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror or error}: free some space, or choose another place") from None
     finally:
         partial.unlink(missing_ok=True)
-    return int(written["bytes"])
+    return compared
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

@@ -122,7 +122,8 @@ def _weights(weights: Weights, args: argparse.Namespace) -> str:
     from teratron.checkpoint import write_weights
     from teratron.checkpoint.describe import size_text
 
-    return f", {size_text(write_weights(weights, args.output, args.overwrite))}"
+    compared = write_weights(weights, args.output, args.overwrite)
+    return f", {size_text(args.output.stat().st_size)}; {compared}"
 
 
 def _huggingface(weights: Weights, args: argparse.Namespace) -> str:
@@ -134,8 +135,8 @@ def _huggingface(weights: Weights, args: argparse.Namespace) -> str:
 def _megatron(weights: Weights, args: argparse.Namespace) -> str:
     from teratron.checkpoint.megatron.write import Layout, write_megatron
 
-    write_megatron(weights, args.output, Layout(args.tensor, args.pipeline), args.format, args.overwrite)
-    return f"; Megatron-LM reads it with --load {args.output}"
+    compared = write_megatron(weights, args.output, Layout(args.tensor, args.pipeline), args.format, args.overwrite)
+    return f"; {compared}; Megatron-LM reads it with --load {args.output}"
 
 
 def _run(weights: Weights, args: argparse.Namespace) -> str:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from teratron.checkpoint.format import check_space, publish
 from teratron.checkpoint.megatron.arguments import arguments_of_model
-from teratron.checkpoint.megatron.opened import TRACKER
+from teratron.checkpoint.megatron.opened import TRACKER, open_megatron
 from teratron.checkpoint.megatron.rows import STACK, Row, rows_of
+from teratron.checkpoint.probe import Compared, compare
 from teratron.checkpoint.source import Weights
 from teratron.config import ModelConfig, UserError
 
@@ -87,10 +88,11 @@ def layer_of(row: Row) -> int | None:
     return int(found[1]) if found else None
 
 
-def write_megatron(weights: Weights, output: Path, layout: Layout, kind: str = "torch_dist", overwrite: bool = False) -> Path:
-    """Write weights as a run of Megatron-LM with one iteration, `release` where no steps were done; returns that iteration's folder.
+def write_megatron(weights: Weights, output: Path, layout: Layout, kind: str = "torch_dist", overwrite: bool = False) -> Compared:
+    """Write weights as a run of Megatron-LM with one iteration, `release` where no steps were done.
 
-    Tensor by tensor for torch_dist, rank by rank for legacy: no more is in memory. Raises `UserError` for a model that Megatron-LM
+    Tensor by tensor for torch_dist, rank by rank for legacy: no more is in memory. The iteration appears when it has been read back and
+    compared. Raises `UserError` for a model that Megatron-LM
     does not have, degrees that do not divide it, an output that exists (without overwrite) or cannot be written.
     """
     args = arguments_of_model(weights.config, layout.vocab(weights.config))
@@ -108,13 +110,14 @@ def write_megatron(weights: Weights, output: Path, layout: Layout, kind: str = "
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         (_write_ranks if kind == "legacy" else _write_distributed)(Source(weights, layout), partial, content)
+        compared = compare(weights, open_megatron(partial))
         publish(partial, output / name)
         (output / TRACKER).write_text(str(weights.step or "release"), "utf-8")
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror or error}: free some space, or choose another place") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return output / name
+    return compared
 
 
 def _check_layout(model: ModelConfig, layout: Layout, kind: str) -> None:
