@@ -26,6 +26,7 @@ from teratron.optim.optimizer import Update
 from teratron.parallel.device import choose_device
 from teratron.parallel.flat import FlatModel
 from teratron.parallel.mesh import Mesh
+from teratron.parallel.offload import Home
 from teratron.parallel.stages import Stages
 
 SHAPES = {
@@ -113,7 +114,7 @@ def ours(shape: ModelConfig, device: torch.device, name: Any) -> Callable[[], Ru
     """The update alone, as theirs: without the norm for clipping and without clearing the gradients."""
 
     def build() -> Run:
-        flat = FlatModel(Stages({0: filled(shape, device)}), Mesh(), ParallelConfig(), device)
+        flat = FlatModel(Stages({0: filled(shape, device)}), Mesh(), ParallelConfig(), Home(device))
         optimizer = build_optimizer(flat, OptimConfig(name=name, schedule="constant"))
         how = Update(1, 1e-4, torch.ones((), dtype=torch.float64, device=device), torch.zeros((), device=device))
         for bucket in flat.trained:

@@ -15,6 +15,7 @@ from teratron.optim import build_optimizer, global_norm
 from teratron.parallel.buckets import Bucket, Sharding, is_released, release, restore
 from teratron.parallel.flat import FlatModel
 from teratron.parallel.mesh import Group, Mesh
+from teratron.parallel.offload import Home
 from teratron.parallel.stages import Stages
 
 CONFIG = ModelConfig(layers=2, hidden=16, heads=2, seq_length=8, vocab_size=30)
@@ -202,7 +203,7 @@ def small_bucket(monkeypatch: pytest.MonkeyPatch, ranks: int, rank: int) -> Buck
         Part("b", "bias", 0, (5,), None, copies=4, partial=True),
         Part("elsewhere", "other", 0, (5,), None),
     ]
-    return Bucket(parameters, parts, Sharding(place(monkeypatch, rank, shard=ranks).data, Group()), torch.device("cpu"))
+    return Bucket(parameters, parts, Sharding(place(monkeypatch, rank, shard=ranks).data, Group()), Home())
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_ranges_of_a_slice(monkeypatch: pytest.MonkeyPatch, ranks: int, rank: in
 def test_neighbours_of_the_same_kind_are_one_range() -> None:
     parameters = {"weight": nn.Parameter(torch.zeros(6, 2))}
     parts = [Part(name, "weight", start, (2, 2), 0.1, copies=2, partial=True) for name, start in (("a", 2), ("b", 0), ("c", 4))]
-    bucket = Bucket(parameters, parts, Sharding(Group(), Group()), torch.device("cpu"))
+    bucket = Bucket(parameters, parts, Sharding(Group(), Group()), Home())
     assert bucket.norm_ranges() == [(slice(0, 12), 2)]
     assert bucket.partial_ranges() == {2: [slice(0, 12)]}
 

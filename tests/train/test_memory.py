@@ -1,4 +1,4 @@
-"""A model whose training state does not fit into a process's memory limit trains on two that share it."""
+"""A model whose training state does not fit into a process's memory limit trains on two that share it, and alone with files beside it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from teratron.parallel.mesh import Mesh, mesh_sizes
 from teratron.train.device import keep_freed_memory
 from teratron.train.engine import Engine
 
-rank, ranks, megabytes, store = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+rank, ranks, megabytes, store, offload = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 torch.set_num_threads(1)
 config = Config().override({
     "model.layers": 12, "model.hidden": 384, "model.heads": 4, "model.seq_length": 8, "model.vocab_size": 256, "model.dropout": 0.1,
     "train.global_batch": 2, "parallel.shard": "parameters" if ranks > 1 else "none",
+    "parallel.offload": offload, "parallel.offload_folder": str(Path(store).parent),
 })
 if ranks > 1:
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=ranks)
@@ -46,12 +47,13 @@ print(repr((tally.loss(), float(norm))))
 """
 
 
-def run(folder: Path, ranks: int, megabytes: int) -> list[subprocess.CompletedProcess[str]]:
+def run(folder: Path, ranks: int, megabytes: int, offload: str = "none") -> list[subprocess.CompletedProcess[str]]:
     """Train three steps of 21M parameters (330 MB of state) with so much memory for each process."""
     script = folder / "train.py"
     script.write_text(SCRIPT)
     commands = [
-        [sys.executable, str(script), str(rank), str(ranks), str(megabytes), str(folder / f"store-{ranks}")] for rank in range(ranks)
+        [sys.executable, str(script), str(rank), str(ranks), str(megabytes), str(folder / f"store-{ranks}"), offload]
+        for rank in range(ranks)
     ]
     environment = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "PATH": ""}
     children = [
@@ -77,3 +79,6 @@ def test_two_processes_train_what_one_cannot_hold(tmp_path: Path) -> None:
     expected, found = eval(free.stdout), [eval(done.stdout) for done in pair]
     assert found[0] == found[1]
     assert found[0] == pytest.approx(expected, rel=1e-5)
+    (offloaded,) = run(tmp_path, 1, 280, "disk")
+    assert offloaded.returncode == 0, offloaded.stderr
+    assert eval(offloaded.stdout) == expected

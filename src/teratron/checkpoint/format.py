@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -20,6 +21,8 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from teratron.checkpoint.agree import ALONE, agree, gather_json
 from teratron.checkpoint.machines import Machines, deliver
@@ -132,13 +135,21 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_safetensors(partial: Path, planned: Sequence[tuple[Piece, StoredPiece]]) -> dict[str, Any]:
+def _write_safetensors(folder: Path, planned: Sequence[tuple[Piece, StoredPiece]]) -> dict[str, Any]:
     """Write this rank's file; returns its size and SHA-256 by its name."""
-    if not partial.is_dir():
-        raise UserError(f"{partial.parent}: not seen by every rank: give a --run folder on a file system that all nodes share")
+    if not folder.is_dir():
+        raise UserError(f"{folder.parent}: not seen by every rank: give a --run folder on a file system that all nodes share")
     name = planned[0][1].file
-    entries = [Entry(stored.key, piece.values.dtype, stored.shape, piece.values.detach) for piece, stored in planned]
-    return {name: write_safetensors(partial / name, entries)}
+
+    def values(number: int) -> Tensor:
+        if number:
+            planned[number - 1][0].done()  # it has been written
+        return planned[number][0].values
+
+    entries = [Entry(stored.key, p.values.dtype, stored.shape, functools.partial(values, n)) for n, (p, stored) in enumerate(planned)]
+    written = write_safetensors(folder / name, entries)
+    planned[-1][0].done()
+    return {name: written}
 
 
 def _seal(partial: Path, manifest: Mapping[str, Any]) -> None:

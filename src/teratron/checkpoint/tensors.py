@@ -14,6 +14,7 @@ from torch import Tensor
 from teratron.checkpoint.manifest import StoredPiece, StoredTensor
 from teratron.config import UserError
 from teratron.parallel.boxes import Box, Piece
+from teratron.parallel.offload import forget
 
 USE_EARLIER = "use an earlier checkpoint"
 
@@ -139,3 +140,5 @@ def _copy(memory: Tensor, targets: Iterable[tuple[Piece, Iterable[Overlap]]]) ->
         for one in shared:
             source = _region(memory, one.source_start, one.source, one.box)
             _region(piece.values, one.target_start, one.target, one.box).copy_(source)
+        piece.done()
+    forget(memory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 from teratron.config import UserError
@@ -28,13 +29,14 @@ def dry_run_of(args: argparse.Namespace) -> bool:
     from teratron.config import Config
 
     config = (Config.load(args.config) if args.config else Config()).override(args.overrides)  # before the slow import
+    from teratron.parallel.offload import Home
     from teratron.plan.dryrun import dry_run
     from teratron.plan.dryrun_text import dry_run_json, dry_run_text
     from teratron.plan.layout import least_world
     from teratron.train.engine import Engine
 
     world = least_world(config.parallel) if args.world is None else args.world
-    found = dry_run(config, world, args.rank or 0, Engine, 1.0 if args.expert_load is None else args.expert_load)
+    found = dry_run(config, world, args.rank or 0, partial(Engine, home=Home()), 1.0 if args.expert_load is None else args.expert_load)
     print(dry_run_text(found, args.memory))
     if args.json:
         args.json.write_text(dry_run_json(found), "utf-8")

@@ -147,6 +147,10 @@ class ParallelConfig(Section):
     """Copies of the sharded state, such as one a node; 0 = one where parallel.shard is set, else as many as there are data ranks."""
     reduce: Literal["fp32", "bf16"] = key("fp32")
     """Numbers in which gradients of half types are summed over the data ranks; fp32 and fp64 gradients are never rounded."""
+    offload: Literal["none", "cpu", "disk"] = key("none")
+    """Where master weights and the optimizer's state lie between updates: on the device, in host memory beside a GPU, or in files."""
+    offload_folder: str = key("")
+    """Folder on a fast local disk for the files of parallel.offload = disk; empty = the run's own."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Adafactor(Segmented):
                     rows, columns = rows + height, columns + width
             count = sum(place.stop - place.start for _, place in self.vectors[-1])
             for name, size in (("moment2", count), ("rows", rows), ("columns", columns)):
-                self.state[name].append(bucket.master.new_zeros(size, dtype=bucket.exact))
+                self.state[name].append(bucket.gradient.new_zeros(size, dtype=bucket.exact))
 
     def state_pieces(self, name: str, number: int, flat: Tensor) -> Iterator[Piece]:
         bucket = self.flat.trained[number]
@@ -100,7 +100,7 @@ class Adafactor(Segmented):
     def means(self) -> list[tuple[Tensor, Tensor]]:
         """Means of squares over whole rows and columns, float64, of every trained bucket; one message between the ranks."""
         sizes = [len(self.state[name][number]) for number in range(len(self.flat.trained)) for name in ("rows", "columns")]
-        together = torch.zeros(sum(sizes), dtype=torch.float64, device=self.flat.buckets[0].master.device)
+        together = torch.zeros(sum(sizes), dtype=torch.float64, device=self.flat.home.device)
         flats = together.split(sizes)
         found = list(zip(flats[::2], flats[1::2], strict=True))
         for number, (rows, columns) in enumerate(found):

@@ -23,7 +23,7 @@ class Lion(Segmented):
 
     def __init__(self, flat: FlatModel, config: OptimConfig, seed: int = 0) -> None:
         super().__init__(flat, config, seed)
-        device = flat.buckets[0].master.device
+        device = flat.home.device
         self.tensor_of = torch.tensor(self.matrices.tensor_of, dtype=torch.int64, device=device)
         counts = [torch.Size(shape).numel() for shape in self.matrices.shapes]
         self.counts = self.of_tensors(torch.tensor(counts, dtype=torch.float64, device=device))

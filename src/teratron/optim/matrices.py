@@ -74,15 +74,20 @@ class Matrices:
 
         kinds: each a tensor for every trained bucket, shaped like its owned slice.
         """
-        device = self.flat.buckets[0].master.device
+        device = self.flat.home.device
         sums = torch.zeros(len(kinds), len(self.shapes), dtype=torch.float64, device=device)
         held = [(number, segment) for number, segments in enumerate(self.segments) for segment in segments]
         if held:
             slots = torch.tensor([segment.slot for _, segment in held], device=device)
-            found = [torch.stack([square(flats[number][s.place]) / s.copies for number, s in held]) for flats in kinds]
-            sums.index_add_(1, slots, torch.stack(found))
+            found = [[square(flat[s.place]) / s.copies for flat, segments in self._brought(flats) for s in segments] for flats in kinds]
+            sums.index_add_(1, slots, torch.stack([torch.stack(each) for each in found]))
         self.group.sum(sums).wait()
         return self.agreed(sums)
+
+    def _brought(self, flats: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Segment]]]:
+        """Each bucket's tensor, where updates are computed, with the segments in it."""
+        for flat, segments in zip(flats, self.segments, strict=True):
+            yield self.flat.home.bring(flat), segments
 
     def agreed(self, sums: Tensor) -> Tensor:
         """[..., slots]: of a table that several stages hold the owner's number, as each has added up in an order of its own."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from teratron.parallel.flat import FlatModel
 
 Values = Callable[[Part, int, tuple[slice, ...]], Tensor]
 """Gives the first values of a region of a part, from it, the seed and the index of the region."""
-CACHED = 2**16
+CACHED = 2**17
 """Elements that stay in a CPU's cache while several operations pass over them."""
 
 
@@ -81,7 +81,7 @@ class Optimizer:
     def fresh(self, bucket: Bucket, count: int) -> Tensor:
         """A state of so many zeros, in the numbers that `optim.moments` asks for."""
         dtype = torch.bfloat16 if self.config.moments == "bf16" else bucket.exact
-        return bucket.master.new_zeros(count, dtype=dtype)
+        return self.flat.home.zeros(count, dtype)
 
     def update(self, bucket: Bucket, state: dict[str, Tensor], how: Update) -> None:
         """Change a bucket's master by its gradient, which may be overwritten."""
@@ -96,22 +96,32 @@ class Optimizer:
     @contextmanager
     def opened(self, number: int, how: Update) -> Iterator[dict[str, Tensor]]:
         """Master and states of the number-th trained bucket in exact numbers; changes to them are kept."""
-        bucket = self.flat.trained[number]
-        state = {name: flats[number].to(bucket.exact) for name, flats in self.state.items()}
+        bucket, home = self.flat.trained[number], self.flat.home
+        home.soon(self.kept(number + 1))
+        state = {name: home.bring(flats[number]).to(bucket.exact) for name, flats in self.state.items()}
         with self.widened(bucket, how):
             yield state
         for name, flats in self.state.items():
-            if flats[number].dtype != bucket.exact:
+            if flats[number].dtype == bucket.exact:
+                home.keep(flats[number], state[name])
+            else:
                 kept, changed = (self.state_pieces(name, number, flat) for flat in (flats[number], state[name]))
                 self.round(kept, changed, how)
+        home.done(self.kept(number))
+
+    def kept(self, number: int) -> list[Tensor]:
+        """Master and states of the number-th trained bucket where they lie; nothing behind the last one."""
+        return [flats[number] for flats in ([b.master for b in self.flat.trained], *self.state.values()) if number < len(flats)]
 
     @contextmanager
     def widened(self, bucket: Bucket, how: Update) -> Iterator[None]:
         """The master of a bucket in exact numbers; changes to it are kept."""
-        kept, bucket.master = bucket.master, bucket.master.to(bucket.exact)
+        kept, bucket.master = bucket.master, self.flat.home.bring(bucket.master).to(bucket.exact)
         yield
         changed, bucket.master = bucket.master, kept
-        if changed is not kept:
+        if kept.dtype == bucket.exact:
+            self.flat.home.keep(kept, changed)
+        else:
             self.round(bucket.pieces("weight", kept), bucket.pieces("weight", changed), how)
 
     def round(self, kept: Iterator[Piece], changed: Iterator[Piece], how: Update) -> None:
@@ -149,14 +159,21 @@ class Optimizer:
         They may be written to: nothing is on its way into them any more.
         """
         self.flat.release()
+        self.flat.home.settle()
         return list(self._pieces())
 
     def _pieces(self) -> Iterator[Piece]:
         for bucket in self.flat.buckets:
-            yield from bucket.pieces("weight", bucket.master)
-        for name in self.state:
-            for number in range(len(self.flat.trained)):
-                yield from self.state_pieces(name, number, self.state[name][number])
+            yield from self._held(bucket.pieces("weight", bucket.master), bucket.master)
+        for name, flats in self.state.items():
+            for number, flat in enumerate(flats):
+                yield from self._held(self.state_pieces(name, number, flat), flat)
+
+    def _held(self, pieces: Iterator[Piece], flat: Tensor) -> Iterator[Piece]:
+        """Pieces of a tensor; of one that lies elsewhere they tell its home when they have been read or written to."""
+        if not self.flat.home.apart:
+            return pieces
+        return (replace(piece, done=partial(self.flat.home.done, [flat])) for piece in pieces)
 
     def state_pieces(self, name: str, number: int, flat: Tensor) -> Iterator[Piece]:
         """What is owned of a state of the number-th trained bucket; flat: the state, or something of its shape."""
@@ -171,8 +188,9 @@ class Optimizer:
                 for box in boxes:
                     target[: box.count] = values(part, seed, box.slices()).flatten()
                     target = target[box.count :]
+            self.flat.home.done([bucket.master])
         for flat in (flat for flats in self.state.values() for flat in flats):
-            flat.zero_()
+            self.flat.home.clear(flat)
         self.publish()
 
     def publish(self, frozen: bool = True) -> None:
@@ -192,7 +210,7 @@ def global_norm(flat: FlatModel) -> Tensor:
     """The 2-norm of all gradients together, each element counted once over all ranks; a float64 scalar, the same on every rank."""
     ranges = [(b, place, held * b.sharding.copies.size) for b in flat.trained for place, held in b.norm_ranges()]
     squares = [square(bucket.gradient[place]) / copies for bucket, place, copies in ranges]
-    device = flat.buckets[0].master.device
+    device = flat.home.device
     total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
     flat.mesh.all.sum(total).wait()
     return total.sqrt()

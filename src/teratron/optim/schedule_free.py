@@ -31,8 +31,8 @@ class ScheduleFree(Optimizer):
         super().__init__(flat, config, seed)
         for bucket in flat.trained:
             if bucket.master is bucket.shard:
-                bucket.master = bucket.master.clone()
-        self.state["base"] = [bucket.master.clone() for bucket in flat.trained]
+                bucket.master = flat.home.hold(bucket.master)
+        self.state["base"] = [flat.home.hold(bucket.master) for bucket in flat.trained]
         self.number_of = {bucket: number for number, bucket in enumerate(flat.trained)}
         self._past = 0, 0.0
         """An update, and the sum of all squared rates until then."""
@@ -76,7 +76,10 @@ class ScheduleFree(Optimizer):
         """y, at which gradients are taken; what does not learn has no other weights."""
         if bucket not in self.number_of:
             return bucket.master
-        return torch.lerp(self.state["base"][self.number_of[bucket]], bucket.master, self.config.beta1)
+        home, base = self.flat.home, self.state["base"][self.number_of[bucket]]
+        leading = torch.lerp(home.bring(base), home.bring(bucket.master), self.config.beta1)
+        home.done([base])
+        return leading
 
     @contextmanager
     def judged(self) -> Iterator[None]:

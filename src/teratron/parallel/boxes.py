@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -66,6 +66,10 @@ def _within_row(box: Box, row: int, start: int, stop: int) -> Iterator[Box]:
         yield Box((box.offset[0] + row, *inner.offset), (1, *inner.size))
 
 
+def nothing() -> None:
+    """Nothing is to be done."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """What one rank holds of a tensor: a contiguous range of memory that is some boxes of the full shape, one behind the other."""
@@ -81,3 +85,5 @@ class Piece:
     """Whether this rank is the first of those that hold the same elements: only that one saves them."""
     lasting: bool = False
     """Whether the memory never changes while training goes on."""
+    done: Callable[[], None] = field(default=nothing, compare=False)
+    """To be called when the memory has been read or written to: it may lie in a file."""

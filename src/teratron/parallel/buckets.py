@@ -18,6 +18,7 @@ from teratron.models import Part
 from teratron.models.leaves import accurate
 from teratron.parallel.boxes import Box, Piece, boxes_of
 from teratron.parallel.mesh import Group
+from teratron.parallel.offload import Home
 
 T = TypeVar("T")
 SLICE = 2**20
@@ -71,7 +72,8 @@ class Bucket:
     (`exact`). Frozen parameters have a bucket without gradient, whose master is the weights.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], parts: Sequence[Part], sharding: Sharding, device: torch.device) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], parts: Sequence[Part], sharding: Sharding, home: Home) -> None:
+        """home: on whose device it lies, and where its master does."""
         self.sharding, self.owners = sharding, sharding.owners
         self.places: dict[str, tuple[int, torch.Size]] = {}
         size = 0
@@ -82,7 +84,7 @@ class Bucket:
         self.own = slice(self.owners.rank * self.share, (self.owners.rank + 1) * self.share)
         self.spans = [self._span(part) for part in parts if part.parameter in self.places]
         self.trained, self.lasting = next(iter(parameters.values())).requires_grad, False
-        self._take_over(parameters, device)
+        self._take_over(parameters, home)
         if self.trained:
             self._add_gradients()
 
@@ -91,10 +93,10 @@ class Bucket:
         start += part.start * shape[1:].numel()
         return Span(part, start, start + torch.Size(part.size).numel())
 
-    def _take_over(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> None:
+    def _take_over(self, parameters: Mapping[str, nn.Parameter], home: Home) -> None:
         """Weights and masters, with the values that the parameters have unless they are on the meta device."""
         dtype = next(iter(parameters.values())).dtype
-        self.weights = torch.zeros(self.share * self.owners.size, dtype=dtype, device=device)
+        self.weights = torch.zeros(self.share * self.owners.size, dtype=dtype, device=home.device)
         self.views = {name: self._view(self.weights, name) for name in self.places}
         """Each parameter's part of `weights`."""
         for name, parameter in parameters.items():
@@ -102,7 +104,8 @@ class Bucket:
                 self.views[name].copy_(parameter.data)
         self.shard = self.weights[self.own] if self.sharding.keep_weights else self.weights[self.own].clone()
         self.exact = accurate(dtype)
-        self.master = self.shard.to(self.exact) if self.trained else self.shard
+        apart = self.trained and self.exact != dtype
+        self.master = home.hold(self.shard.to(self.exact)) if apart else self.shard
         if not self.sharding.keep_weights:
             release(self.weights)  # after what stays has found its place: the next bucket then begins in this one's gap
 

@@ -11,7 +11,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from teratron.models.units import LOAD, TERM
 from teratron.parallel.apply import replace_parameters
 from teratron.parallel.buckets import Bucket, Sharding, is_released, release, restore
 from teratron.parallel.mesh import DATA, Group, Mesh, Pending
+from teratron.parallel.offload import Home
 from teratron.parallel.stages import Stages
 
 
@@ -35,8 +35,9 @@ class FlatModel:
     last of a stage begins its reductions; `finish` ends them, and after the optimizer has changed the masters `publish` tells all.
     """
 
-    def __init__(self, stages: Stages, mesh: Mesh, parallel: ParallelConfig, device: str | torch.device = "cpu") -> None:
-        self.stages, self.mesh = stages, mesh
+    def __init__(self, stages: Stages, mesh: Mesh, parallel: ParallelConfig, home: Home | None = None) -> None:
+        """home: where masters and an optimizer's state lie; None = in memory, with the weights."""
+        self.stages, self.mesh, self.home = stages, mesh, home or Home()
         same = mesh.group(*DATA, "context")  # context ranks hold the same weights and share what is sharded
         self.sharding = Sharding.of(parallel, mesh.group("shard", "context"), mesh.group("replicate"), same)
         self.whole = Sharding(mesh.group(), same)
@@ -50,7 +51,7 @@ class FlatModel:
         """Those of them that other pipeline ranks hold too."""
         self._uses: dict[nn.Module, list[Bucket]] = {}
         self._units = {stage: model.units() for stage, model in stages.stages().items()}
-        self._make_buckets(torch.device(device))
+        self._make_buckets()
         self._gathers: dict[Bucket, Pending] = {}
         self._reductions: deque[tuple[Bucket, Tensor, Tensor, Pending, bool]] = deque()
         self._copies: list[tuple[Bucket, Tensor, Pending]] = []
@@ -67,7 +68,7 @@ class FlatModel:
     def trained(self) -> list[Bucket]:
         return [bucket for bucket in self.buckets if bucket.trained]
 
-    def _make_buckets(self, device: torch.device) -> None:
+    def _make_buckets(self) -> None:
         """One bucket for each unit, type, and whether it is trained; a shared parameter lies with its first unit.
 
         A table that several stages hold has a bucket of its own, so that all of them cut it into the same slices.
@@ -90,7 +91,7 @@ class FlatModel:
             for (_, trained, expert, of_several, whole), parameters in kinds.items():
                 late = of_several or any(users[id(parameter)] > 1 for parameter in parameters.values())
                 sharding = self.whole if whole else self.expert_sharding if expert else self.sharding
-                bucket = Bucket(parameters, parts, replace(sharding, keep_gradients=sharding.keep_gradients or late), device)
+                bucket = Bucket(parameters, parts, replace(sharding, keep_gradients=sharding.keep_gradients or late), self.home)
                 bucket.lasting = not trained and not whole
                 self.buckets.append(bucket)
                 if late:
@@ -179,17 +180,18 @@ class FlatModel:
         if before is not None:
             self._need(before)
 
-    def publish(self, values: Callable[[Bucket], Tensor] = attrgetter("master"), frozen: bool = True) -> None:
+    def publish(self, values: Callable[[Bucket], Tensor] | None = None, frozen: bool = True) -> None:
         """After the masters have changed: round them into the weights, and let the other ranks have theirs ahead of the next use.
 
-        values: what becomes the weights that a bucket owns. frozen: whether those that do not learn have changed too.
+        values: what becomes the weights that a bucket owns; None = its master. frozen: whether those that do not learn have changed too.
         """
         self.release()  # what is still on its way would come down on what is written now
         buckets = self.buckets if frozen else self.trained
         for bucket in buckets:
-            owned = values(bucket)
+            owned = self.home.bring(bucket.master) if values is None else values(bucket)
             if owned is not bucket.shard:
                 bucket.shard.copy_(owned)
+                self.home.done([bucket.master])
         for bucket in buckets:
             if bucket.sharding.keep_weights:
                 self._gathers[bucket] = bucket.owners.gather(bucket.weights, bucket.shard)

@@ -15,6 +15,7 @@ from teratron.optim import build_optimizer
 from teratron.parallel.device import DTYPES
 from teratron.parallel.flat import FlatModel
 from teratron.parallel.mesh import Group, Mesh, check_layout, mesh_sizes
+from teratron.parallel.offload import Home
 from teratron.parallel.schedules import build_schedule
 from teratron.parallel.simulate import Timeline, peak_activations, simulate
 from teratron.parallel.stages import Stages, chunk_count, cut_stages
@@ -182,7 +183,7 @@ def assumed_vocabulary(config: Config) -> int:
 def _share(config: Config, stages: Stages, mesh: Mesh) -> Share:
     """Counted on the buffers that a run would make, on the meta device."""
     shapes = {part.name: part.size for part in stages.parts()}
-    flat = FlatModel(stages, mesh, config.parallel, "meta")
+    flat = FlatModel(stages, mesh, config.parallel, Home("meta"))
     optimizer = build_optimizer(flat, config.optim)
     found = [value for bucket in flat.buckets for value in vars(bucket).values() if isinstance(value, torch.Tensor)]
     found += [value for values in optimizer.state.values() for value in values]

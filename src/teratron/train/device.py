@@ -66,27 +66,39 @@ def check_memory(config: Config, mesh: Mesh, device: torch.device) -> None:
     for part in cut_stages(config.model, mesh, config.parallel).parts():
         counts[treatment_of(part, config.optim, config.model).frozen] += math.prod(part.size)
     count, needed = counts.total(), counts[False] * state_bytes(config, owners) + counts[True] * weight_bytes(config, owners)
+    beside = counts[False] * optimizer_bytes(config, owners)
+    if config.parallel.offload == "cpu" and beside > free_memory():
+        raise UserError(
+            f"parallel.offload = cpu needs {beside / 2**30:,.1f} GiB of host memory on each process, {free_memory() / 2**30:,.1f} GiB are "
+            "free: choose --parallel.offload disk, or share the state with parallel.shard over more processes"
+        )
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     if needed > free:
         raise UserError(
             f"{count:,} parameters in {config.train.precision} need {needed / 2**30:,.1f} GiB on each process for weights, gradients and "
-            f"optimizer; {free / 2**30:,.1f} GiB are free on {device.type}: choose a smaller model, or cut it with parallel.tensor or "
-            "parallel.shard over more processes"
+            f"optimizer; {free / 2**30:,.1f} GiB are free on {device.type}: choose a smaller model, keep the optimizer's "
+            "state elsewhere with parallel.offload, or cut it with parallel.tensor or parallel.shard over more processes"
         )
 
 
 def state_bytes(config: Config, owners: int) -> float:
-    """Bytes of state a parameter on each of `owners` ranks that share what `parallel.shard` says."""
+    """Bytes of state a parameter on the device of each of `owners` ranks that share what `parallel.shard` says."""
+    weight = DTYPES[config.train.precision].itemsize
+    exact = max(weight, 4)
+    gradients = (exact + weight * (weight < exact)) / 1 if config.parallel.shard in ("none", "optimizer") else exact / owners
+    optimizer = optimizer_bytes(config, owners) if config.parallel.offload == "none" else 0
+    return optimizer + gradients + weight_bytes(config, owners)
+
+
+def optimizer_bytes(config: Config, owners: int) -> float:
+    """Bytes of masters and moments a parameter on each of `owners` ranks, wherever `parallel.offload` keeps them."""
     weight = DTYPES[config.train.precision].itemsize
     exact = max(weight, 4)
     half = weight < exact
     optimizer_class = OPTIMIZERS[config.optim.name]
     masters = exact if config.optim.masters == "fp32" and (half or optimizer_class.keeps_masters) else 0
-    shared = {"none": 0, "optimizer": 1, "gradients": 2, "parameters": 3}[config.parallel.shard]
     moments = len(optimizer_class.states) * (2 if config.optim.moments == "bf16" else exact)
-    optimizer = (moments + masters) / (owners if shared >= 1 else 1)
-    gradients = (exact + weight * half) / 1 if shared < 2 else exact / owners
-    return optimizer + gradients + weight_bytes(config, owners)
+    return (moments + masters) / (1 if config.parallel.shard == "none" else owners)
 
 
 def weight_bytes(config: Config, owners: int) -> float:

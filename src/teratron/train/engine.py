@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from teratron.parallel.deferral import Deferral, defer
 from teratron.parallel.device import DTYPES
 from teratron.parallel.flat import FlatModel
 from teratron.parallel.mesh import DATA, SPLIT, Mesh, check_layout, mesh_sizes
+from teratron.parallel.offload import Home, home_of
 from teratron.parallel.pipeline import Channels, Runtime
 from teratron.parallel.schedule_check import check
 from teratron.parallel.schedules import build_schedule
@@ -38,8 +41,15 @@ class Engine:
     runtime: Callable[..., Runtime] = Runtime
     """What executes the schedules; a dry run has its own."""
 
-    def __init__(self, config: Config, mesh: Mesh, device: str | torch.device = "cpu", objective: Objective | None = None) -> None:
-        """objective: None = the config's own."""
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        device: str | torch.device = "cpu",
+        objective: Objective | None = None,
+        home: Home | None = None,
+    ) -> None:
+        """objective: None = the config's own. home: where masters and moments lie; None = as `parallel.offload` says."""
         check_batch(config, mesh.data.size)
         self.config, self.mesh, self.device = config, mesh, torch.device(device)
         self.objective = objective or build_objective(config)
@@ -53,7 +63,8 @@ class Engine:
             models = list(self.stages.stages().values())
             use_float8(models, config.train.fp8_scaling, config.train.fp8_except, self.device)
         freeze(self.stages, config.optim)
-        self.flat = FlatModel(self.stages, mesh, config.parallel, device)
+        home = home or home_of(config.parallel, self.device, Path(tempfile.gettempdir()))
+        self.flat = FlatModel(self.stages, mesh, config.parallel, home)
         self.optimizer = build_optimizer(self.flat, config.optim, config.train.seed)
         self.channels = Channels.of(mesh)
         self._runtimes: dict[int, Runtime] = {}

@@ -20,12 +20,14 @@ class Norms:
 
     def __enter__(self) -> Norms:
         buckets = self.matrices.flat.trained
+        self.matrices.flat.home.settle()
         self._masters = [bucket.master.clone() for bucket in buckets]
         self._before = self.matrices.squares([bucket.gradient for bucket in buckets], self._masters)
         return self
 
     def __exit__(self, *error: object) -> None:
         buckets = self.matrices.flat.trained
+        self.matrices.flat.home.settle()
         (changes,) = self.matrices.squares([bucket.master - old for bucket, old in zip(buckets, self._masters, strict=True)])
         del self._masters
         mine = {part: self._row(*self._before[:, slots], changes[slots]) for part, slots in self.matrices.slots().items()}

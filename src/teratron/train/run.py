@@ -67,6 +67,8 @@ def absolute_paths(config: Config) -> Config:
         paths["data.examples"] = os.path.abspath(data.examples)
     if config.train.init:
         paths["train.init"] = os.path.abspath(config.train.init)
+    if config.parallel.offload_folder:
+        paths["parallel.offload_folder"] = os.path.abspath(config.parallel.offload_folder)
     tasks = (item.partition(":") for item in config.train.eval_tasks)
     paths["train.eval_tasks"] = tuple(f"{task}:{os.path.abspath(file)}" for task, _, file in tasks)
     return config.override({"data.text": tuple(map(os.path.abspath, data.text)), **paths, "data.tokenizer": tokenizer})

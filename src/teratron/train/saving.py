@@ -23,7 +23,7 @@ from teratron.checkpoint.memory import make_memory_folder, memory_folder, remove
 from teratron.checkpoint.reader import Candidate
 from teratron.checkpoint.training import remove_old
 from teratron.config import CheckpointConfig, Config, UserError
-from teratron.parallel.boxes import Piece
+from teratron.parallel.boxes import Piece, nothing
 from teratron.parallel.mesh import Mesh
 from teratron.train.device import free_memory
 from teratron.train.metrics import Metrics, Silence
@@ -252,7 +252,11 @@ class Copier:
 
 def snapshot(pieces: list[Piece]) -> list[Piece]:
     """What this rank saves, copied into host memory unless it lies there and stays as it is."""
-    return [replace(piece, values=piece.values.detach().to("cpu", copy=not piece.lasting)) for piece in saved_pieces(pieces)]
+    copies = []
+    for piece in saved_pieces(pieces):
+        copies.append(replace(piece, values=piece.values.detach().to("cpu", copy=not piece.lasting), done=nothing))
+        piece.done()
+    return copies
 
 
 def check_places(run: Path, config: CheckpointConfig, pieces: list[Piece], needed: int, machines: Machines) -> None:
