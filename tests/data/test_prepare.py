@@ -327,6 +327,18 @@ def test_ordered_map_keeps_order_and_raises_what_a_worker_raises() -> None:
         list(ordered_map(die, [5] * 100, 2))
 
 
+def test_a_script_without_a_guard_ends_with_a_hint_however_much_its_workers_are_told(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from functools import partial\n"
+        "from teratron.data.pool import ordered_map\n"
+        "print(list(ordered_map(partial(max, b'x' * 2_000_000), [b'y'] * 4, 2)))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "UserError: a worker process died" in done.stderr
+
+
 def test_ordered_map_takes_no_more_than_a_few_items_ahead() -> None:
     taken: list[int] = []
 

@@ -13,6 +13,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterable
+from itertools import chain, islice
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -42,10 +43,14 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
         return
     crew: list[_Worker] = []
     sent = received = 0
+    items = iter(items)
+    first = list(islice(items, workers))
     try:
-        for item in items:
-            if len(crew) < workers:
-                crew.append(_Worker(function))
+        for _ in first:
+            crew.append(_Worker())
+        for worker in crew:
+            worker.send(function)
+        for item in chain(first, items):
             crew[sent % workers].send(item)
             sent += 1
             if sent - received == AHEAD * workers:
@@ -62,11 +67,12 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
 class _Worker:
     """A process, and this process's end of the pipe to it; when this end closes, the process ends."""
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
+    def __init__(self) -> None:
         # A fresh interpreter: forking a process that has threads (the tokenizer's, the caller's) can freeze it.
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, function), daemon=True)
+        # The function travels later, as an item: Python waits for ever with much to tell a process that dies as it starts.
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
         # The process inherits that Ctrl-C is not for it: this one hears it, and ends the others. Python's own helper process
         # is started first, because starting it lets Ctrl-C through again.
         resource_tracker.ensure_running()
@@ -105,10 +111,11 @@ class _Worker:
         )
 
 
-def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
-    """What a worker process does."""
+def _serve(pipe: Connection) -> None:
+    """What a worker process does: of what it receives the first is the function."""
     items: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_take, args=(pipe, items), daemon=True).start()
+    function = items.get()
     while True:
         try:
             answer = True, function(items.get())
@@ -127,4 +134,7 @@ def _take(pipe: Connection, items: queue.SimpleQueue[Any]) -> None:
         while True:
             items.put(pipe.recv())
     except (EOFError, OSError):
+        os._exit(1)
+    except BaseException:  # of unpickling: this process's main module may be another one
+        traceback.print_exc()
         os._exit(1)
