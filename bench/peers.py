@@ -1,174 +1,110 @@
-"""The contenders: this project's training step, and the same model in a plain PyTorch loop, hand-written or from `transformers`."""
+"""Who runs beside this project: each peer's module, variant, and the environment that it is installed into."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
-import nanogpt
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from workloads import OPTIM, SEED, Workload, is_llama, peer_state
+from workloads import Workload
 
-from teratron.config import Config, ModelConfig, UserError
-from teratron.data.batch import make_batch
-from teratron.data.indexed import IndexedDataset
-from teratron.data.samples import NativeSamples
-from teratron.models import load_parts, parameter_count
-from teratron.parallel.mesh import Mesh
-from teratron.train.device import keep_freed_memory
-from teratron.train.engine import Engine
+from teratron.config import UserError
+
+BENCH = Path(__file__).resolve().parent
 
 
-class Contender(Protocol):
-    """A model in training. A step is everything: making the batch, forward, backward, clipping, AdamW, clearing the gradients."""
+@dataclass(frozen=True)
+class Peer:
+    """How one contender is run."""
 
-    def parameters(self) -> int:
-        """Parameters, shared ones once, without padding."""
+    contender: str
+    """The module of `contenders`."""
+    variant: str = ""
+    environment: str = ""
+    """The file of `requirements` that it needs; without one the Python that runs the benchmark serves."""
+    llama_only: bool = False
+    """Whether it has no GPT-2 style model."""
+    biased: bool = False
+    """Whether its GPT-2 always has biases."""
+    alike: bool = True
+    """Whether its GPT-2 can be given the same weights; without, only the shapes are equal, and its losses are not compared."""
 
-    def learn(self, rows: np.ndarray) -> float:
-        """One step on given token ids int64 [B, S + 1]; returns the loss before it."""
+    @property
+    def python(self) -> Path:
+        """The interpreter that runs it."""
+        return environments() / self.environment / "bin" / "python" if self.environment else Path(sys.executable)
 
-    def step(self) -> None:
-        """One step on the next batch that its own sampler draws; on CUDA it may still be running on return."""
+    def can_run(self, workload: Workload) -> bool:
+        """Whether it has a model for the workload."""
+        gpt2 = not workload.shape.llama
+        return not (gpt2 and (self.llama_only or (self.biased and not workload.shape.bias)))
 
-
-class Teratron:
-    """This project: its sampler, its batches as the Trainer makes them, its step."""
-
-    def __init__(self, workload: Workload, data: Path, parts: Mapping[str, Tensor], precision: str, device: torch.device) -> None:
-        keep_freed_memory()
-        self.batch, self.device, self.steps = workload.batch, device, 0
-        dataset = IndexedDataset(data)
-        self.samples = NativeSamples(dataset, 0, dataset.total_tokens, workload.model.seq_length, SEED)
-        keys = {"train.global_batch": workload.batch, "train.precision": precision, "train.seed": SEED}
-        self.engine = Engine(Config(model=workload.model, optim=OPTIM).override(keys), Mesh(), device)
-        load_parts(self.engine.model, parts)
-        for bucket in self.engine.flat.buckets:
-            bucket.master.copy_(bucket.shard)
-
-    def parameters(self) -> int:
-        return parameter_count(self.engine.model)
-
-    def learn(self, rows: np.ndarray) -> float:
-        first = self.steps * self.batch
-        self.steps += 1
-        batch = make_batch(rows, np.arange(first, first + self.batch), eod=None, isolate_documents=False, mask_end_of_document=False)
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        return self.engine.step(batch, step=self.steps, number=self.steps, lr=OPTIM.lr)[0].loss()
-
-    def step(self) -> None:
-        self.learn(self.samples.rows(np.arange(self.steps * self.batch, (self.steps + 1) * self.batch)))
+    def compared(self, workload: Workload) -> bool:
+        """Whether its losses must be this project's."""
+        return self.alike or workload.shape.llama
 
 
-class PlainLoop:
-    """A plain loop as its users write it: random windows, autocast for bf16, `cross_entropy` on full logits, `torch.optim.AdamW`."""
-
-    def __init__(
-        self, model: nn.Module, logits: Callable[[Tensor], Tensor], workload: Workload, data: Path, precision: str, fused: bool | None
-    ) -> None:
-        self.model, self.logits, self.workload = model, logits, workload
-        self.tokens = IndexedDataset(data).tokens
-        self.device = next(model.parameters()).device
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-        matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False))
-        groups = [{"params": matrices, "weight_decay": OPTIM.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps, fused=fused)
-
-    def parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    def learn(self, rows: np.ndarray) -> float:
-        tokens = torch.from_numpy(rows)
-        return float(self._learn(tokens[:, :-1].contiguous().to(self.device), tokens[:, 1:].contiguous().to(self.device)))
-
-    def step(self) -> None:
-        self._learn(*self._next_batch())
-
-    def _next_batch(self) -> tuple[Tensor, Tensor]:
-        length = self.workload.model.seq_length
-        starts = torch.randint(len(self.tokens) - length, (self.workload.batch,)).tolist()
-        x, y = (
-            torch.stack([torch.from_numpy(self.tokens[start + shift : start + shift + length].astype(np.int64)) for start in starts])
-            for shift in (0, 1)
-        )
-        if self.device.type == "cuda":
-            return x.pin_memory().to(self.device, non_blocking=True), y.pin_memory().to(self.device, non_blocking=True)
-        return x, y
-
-    def _learn(self, x: Tensor, y: Tensor) -> Tensor:
-        with self.autocast:
-            logits = self.logits(x)
-            loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), y.view(-1))
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), OPTIM.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-
-def build(name: str, workload: Workload, data: Path, parts: Mapping[str, Tensor], precision: str, device: torch.device) -> Contender:
-    """The contender `teratron` or one of `PEERS`, with the weights `parts`.
-
-    Raises `UserError` for an unknown name, and where a peer cannot express the workload (see `check_peer`).
-    """
-    if name == "teratron":
-        return Teratron(workload, data, parts, precision, device)
-    check_peer(name, workload)
-    family, fused = PEERS[name]
-    state = peer_state(workload.model, parts)
-    if family == "nanogpt":
-        model: Any = (nanogpt.Llama if is_llama(workload.model) else nanogpt.GPT2)(workload.model)
-        _load(model, state)
-        model.to(device)
-        return PlainLoop(model, model, workload, data, precision, fused)
-    model = _transformers_model(workload.model)
-    if not is_llama(workload.model):  # GPT-2's Conv1D stores its matrices [in, out]
-        state = {key: value.t() if value.dim() > 1 and ".h." in key else value for key, value in state.items()}
-    _load(model, state)
-    model.to(device)
-    return PlainLoop(model, lambda x: model(x, use_cache=False).logits, workload, data, precision, fused)
-
-
-PEERS: dict[str, tuple[str, bool | None]] = {
-    "nanogpt": ("nanogpt", None),
-    "nanogpt-fused": ("nanogpt", True),
-    "transformers": ("transformers", None),
-    "transformers-fused": ("transformers", True),
+OURS = Peer("teratron")
+PEERS = {
+    "nanogpt": Peer("nanogpt"),
+    "nanogpt-fused": Peer("nanogpt", "fused"),
+    "nanogpt-compiled": Peer("nanogpt", "compiled"),
+    "ddp": Peer("ddp", "fused"),
+    "fsdp2": Peer("fsdp2", "fused"),
+    "transformers": Peer("hf", environment="transformers", biased=True),
+    "transformers-fused": Peer("hf", "fused", "transformers", biased=True),
+    "trainer": Peer("hf_trainer", environment="transformers", biased=True),
+    "lightning": Peer("lightning_loop", "fused", "lightning"),
+    "litgpt": Peer("litgpt_loop", "fused", "litgpt", alike=False),
+    "megatron-core": Peer("megatron", "fused", "megatron-core"),
+    "deepspeed": Peer("deepspeed_zero", "fused", "deepspeed"),
+    "torchtitan": Peer("torchtitan_loop", "fused", "torchtitan", llama_only=True),
 }
-"""Each peer's model, and `fused` of its AdamW; None = PyTorch's own choice, which is a loop on CPU and foreach on CUDA."""
+"""nanogpt alone takes PyTorch's own choice of AdamW, a loop over parameters on CPU; `fused` is the faster one."""
 
 
-def check_peer(name: str, workload: Workload) -> None:
+def environments() -> Path:
+    """The folder of the peers' environments."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "teratron-bench"
+
+
+def find(names: str | None, workload: Workload) -> list[str]:
+    """The peers asked for, or all that are installed and have a model for the workload.
+
+    Raises `UserError` for a name that is no peer, one that cannot run the workload and one that is not installed.
+    """
+    if names is None:
+        return [name for name, peer in PEERS.items() if peer.can_run(workload) and peer.python.exists()]
+    chosen = [name for name in names.split(",") if name]
+    for name in chosen:
+        check(name, workload)
+        if not PEERS[name].python.exists():
+            raise UserError(f"--peers {name}: not installed; python bench/train.py --install {name}")
+    return chosen
+
+
+def check(name: str, workload: Workload) -> None:
     """Raises `UserError` for a name that is no peer, and for a workload that the peer has no model for."""
     if name not in PEERS:
         raise UserError(f"--peers {name}: expected some of {', '.join(PEERS)}")
-    if PEERS[name][0] == "transformers" and not is_llama(workload.model) and not workload.model.bias:
-        raise UserError(f"--peers {name}: GPT2LMHeadModel always has biases, workload {workload.name} has none; use --peers nanogpt")
+    if not PEERS[name].can_run(workload):
+        able = ", ".join(other for other, peer in PEERS.items() if peer.can_run(workload))
+        raise UserError(f"--peers {name}: it has no model like workload {workload.name}; choose from {able}")
 
 
-def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy weights in; whatever is not in `state` must be tied to something that is."""
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = {"lm_head.weight"} if "lm_head.weight" not in state else set()
-    if unexpected or set(missing) - tied:
-        raise UserError(f"{type(model).__name__}: weights missing {missing}, unexpected {unexpected}: another version of the class?")
-
-
-def _transformers_model(config: ModelConfig) -> Any:
-    import transformers
-
-    shape: dict[str, Any] = {"vocab_size": config.vocab_size, "attn_implementation": "sdpa", "tie_word_embeddings": config.tie_embeddings}
-    if is_llama(config):
-        shape |= {"hidden_size": config.hidden, "num_hidden_layers": config.layers, "intermediate_size": config.ffn_width}
-        shape |= {"num_attention_heads": config.heads, "num_key_value_heads": config.key_value_heads, "rms_norm_eps": config.norm_eps}
-        rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-        llama = transformers.LlamaConfig(**shape, max_position_embeddings=config.seq_length, rope_parameters=rope)
-        return transformers.LlamaForCausalLM(llama).train()
-    shape |= {"n_embd": config.hidden, "n_layer": config.layers, "n_head": config.heads, "n_positions": config.seq_length}
-    shape |= {"activation_function": "gelu", "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).train()
+def install(name: str) -> None:
+    """Make the peer's environment anew from its file of `requirements`. Raises `UserError` when that fails."""
+    if name not in PEERS:
+        raise UserError(f"--install {name}: expected one of {', '.join(PEERS)}")
+    environment = PEERS[name].environment
+    if not environment:
+        print(f"{name} needs nothing but this environment")
+        return
+    folder, needs = environments() / environment, BENCH / "requirements" / f"{environment}.txt"
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "-r", str(needs)]
+    for command in ([sys.executable, "-m", "venv", "--clear", str(folder)], pip):
+        if subprocess.run(command, check=False).returncode:
+            (folder / "bin" / "python").unlink(missing_ok=True)
+            raise UserError(f"--install {name}: {needs} cannot be installed here; pip's own message is above")

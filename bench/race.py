@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
+import json
+import os
+import subprocess
 import tempfile
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import torch
-from peers import build, check_peer
-from workloads import Workload, initial_parts, random_rows, write_tokens
+from job import Job
+from peers import BENCH, OURS, PEERS, Peer
+from workloads import OPTIM, Workload, initial_parts, write_inputs
 
 from teratron.config import UserError
 from teratron.models import build_model, flops_per_token
 from teratron.parallel.device import DTYPES
-from teratron.train.device import measure_peak, synchronize
+from teratron.train.device import measure_peak
 
-CHECKS = 2
-"""Steps on given batches before the rounds: losses of the same weights, then of the same weights after one update. They also warm up."""
 TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (0.02, 0.02)}
 """Largest relative difference of those losses from this project's."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a race is run."""
+
+    precision: str = "fp32"
+    device: str = "cpu"
+    threads: int = 1
+    rounds: int = 5
+    steps: int = 0
+    """Timed steps of a round; 0 = the workload's own number."""
+    switches: bool = False
+    """Whether the peers get this project's settings of the process too."""
 
 
 @dataclass
@@ -36,7 +50,7 @@ class Lane:
     losses: list[float]
     """Loss of each of the `CHECKS` steps."""
     imports: int
-    """Bytes of the process before its model was built, the random weights included; 0 on CUDA."""
+    """Bytes of the process before its model was built; 0 on CUDA."""
     seconds: list[float] = field(default_factory=list)
     """Of one step, each round's mean."""
     memory: int = 0
@@ -53,33 +67,37 @@ class Race:
     """Best product of matrices in any round, in floating-point operations a second."""
 
 
-def race(workload: Workload, peers: Sequence[str], *, precision: str, device: str, threads: int, steps: int, rounds: int) -> Race:
-    """Check that all compute the same thing, then time `rounds` rounds of `steps` steps each, the contenders taking turns.
+def race(workload: Workload, peers: Sequence[str], settings: Settings) -> Race:
+    """Check that all compute the same thing, then time rounds of steps, the contenders taking turns.
 
-    Raises `UserError` when a peer cannot run the workload, computes something else, or dies.
+    Raises `UserError` when a peer computes something else, or dies.
     """
-    for name in peers:
-        check_peer(name, workload)
-    torch.set_num_threads(threads)
-    peak = 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "tokens"
-        write_tokens(data, workload)
-        racers = [Racer(name, workload, data, precision, device, threads) for name in ("teratron", *peers)]
-        try:
-            lanes = [racer.lane for racer in racers]
-            check_same(lanes, precision)
-            for _ in range(rounds):
-                peak = max(peak, measure_peak(torch.device(device), DTYPES[precision]))
-                for racer in racers:
-                    racer.lane.seconds.append(racer.ask(steps))
+    torch.set_num_threads(settings.threads)
+    kind, dtype, peak = torch.device(settings.device), DTYPES[settings.precision], 0.0
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        write_inputs(Path(folder), workload, initial_parts(workload.model))
+        racers = []
+        for name, peer in [("teratron", OURS), *((name, PEERS[name]) for name in peers)]:
+            racers.append(Racer(name, peer, job(workload, peer, folder, settings)))
+            stack.callback(racers[-1].stop)
+        lanes = [racer.lane for racer in racers]
+        check_same([lane for lane in lanes if lane.name == "teratron" or PEERS[lane.name].compared(workload)], settings.precision)
+        for _ in range(settings.rounds):
+            peak = max(peak, measure_peak(kind, dtype))
             for racer in racers:
-                racer.lane.memory = racer.ask(0)
-        finally:
-            for racer in racers:
-                racer.stop()
-    flops = flops_per_token(build_model(workload.model, device="meta"), workload.model.seq_length)
+                racer.lane.seconds.append(racer.ask(settings.steps or workload.steps))
+        for racer in racers:
+            racer.lane.memory = racer.ask(0)
+    flops = flops_per_token(build_model(workload.model, device="meta"), workload.shape.seq_length)
     return Race(lanes, flops, peak)
+
+
+def job(workload: Workload, peer: Peer, folder: str, settings: Settings) -> Job:
+    """What the contender is told."""
+    return Job(
+        folder, peer.contender, peer.variant, workload.shape, workload.batch, settings.precision, settings.device, settings.threads,
+        settings.switches, OPTIM.lr, (OPTIM.beta1, OPTIM.beta2), OPTIM.eps, OPTIM.weight_decay, OPTIM.clip,
+    )  # fmt: skip
 
 
 def check_same(lanes: Sequence[Lane], precision: str) -> None:
@@ -94,79 +112,38 @@ def check_same(lanes: Sequence[Lane], precision: str) -> None:
 
 
 class Racer:
-    """A contender in its own fresh process; made after it has passed its first steps."""
+    """A contender in its own fresh process, of its own Python; made after it has passed its first steps."""
 
-    def __init__(self, name: str, workload: Workload, data: Path, precision: str, device: str, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, name: str, peer: Peer, job: Job) -> None:
+        path = Path(job.folder) / f"{name}.json"
+        path.write_text(job.text(), "utf-8")
         self.name = name
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, name, workload, data, precision, device, threads), daemon=True)
-        self._process.start()
-        theirs.close()
+        self._log = path.with_suffix(".log").open("w+", encoding="utf-8", errors="replace")
+        environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "PYTHONPATH": str(BENCH)}
+        self._process = subprocess.Popen(
+            [peer.python, BENCH / "lane.py", path], stdin=PIPE, stdout=PIPE, stderr=self._log, text=True, env=environment, cwd=job.folder
+        )
         try:
-            self.lane: Lane = self._receive()
+            self.lane = Lane(name, **self._receive())
         except BaseException:
             self.stop()
             raise
 
     def ask(self, steps: int) -> Any:
         """Seconds a step over `steps` steps; with 0 its peak memory in bytes."""
-        self._pipe.send(steps)
+        print(steps, file=self._process.stdin, flush=True)
         return self._receive()
 
     def stop(self) -> None:
-        self._pipe.close()
-        self._process.terminate()
-        self._process.join()
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
 
     def _receive(self) -> Any:
-        try:
-            return self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            code = self._process.exitcode
-            raise UserError(f"{self.name} ended with exit code {code} (-9 = out of memory); its own message is above") from None
-
-
-def serve(pipe: Connection, name: str, workload: Workload, data: Path, precision: str, device_name: str, threads: int) -> None:
-    """The other side of a `Racer`: build, take the first steps, then answer until the pipe closes."""
-    torch.set_num_threads(threads)
-    device = torch.device(device_name)
-    if name.startswith("transformers"):
-        import transformers.models.auto.modeling_auto  # noqa: F401  (before the memory of imports is read)
-    parts = initial_parts(workload.model)
-    imports = process_memory("VmRSS") if device.type == "cpu" else 0
-    contender = build(name, workload, data, parts, precision, device)
-    del parts
-    losses = [contender.learn(random_rows(workload, seed)) for seed in range(CHECKS)]
-    pipe.send(Lane(name, contender.parameters(), losses, imports))
-    while (steps := _next(pipe)) is not None:
-        synchronize(device)
-        begun = time.perf_counter()
-        for _ in range(steps):
-            contender.step()
-        synchronize(device)
-        if steps:
-            pipe.send((time.perf_counter() - begun) / steps)
-        else:
-            pipe.send(process_memory("VmHWM") if device.type == "cpu" else torch.cuda.max_memory_allocated())
-
-
-def _next(pipe: Connection) -> int | None:
-    try:
-        return pipe.recv()
-    except EOFError:
-        return None
-
-
-def process_memory(field: str) -> int:
-    """Bytes that this process holds (`VmRSS`) or held at most (`VmHWM`); without /proc both are the latter."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    # not getrusage: its peak starts at that of the process which started this one
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
+        assert self._process.stdout is not None
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        code = self._process.wait()
+        self._log.seek(0)
+        last = "".join(self._log.readlines()[-12:])
+        raise UserError(f"{self.name} ended with exit code {code} (-9 = out of memory); it said last:\n{last}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 from statistics import median
@@ -11,8 +10,9 @@ from typing import Any
 
 import torch
 from machine import add_line, facts
-from peers import PEERS
-from race import Lane, Race, race
+from peers import PEERS, find, install
+from picture import draw
+from race import Lane, Race, Settings, race
 from rich.console import Console
 from rich.table import Table
 from workloads import WORKLOADS, Workload
@@ -25,20 +25,19 @@ def main() -> int:
     args = _parse()
     workload = WORKLOADS[args.workload]
     try:
+        if args.install:
+            install(args.install)
+            return 0
+        if args.picture:
+            draw(args.json, args.picture)
+            return 0
         device = choose_device(args.device).type
-        result = race(
-            workload,
-            _peers(args.peers, workload),
-            precision=args.precision,
-            device=device,
-            threads=args.threads,
-            steps=args.steps or workload.steps,
-            rounds=args.rounds,
-        )
+        settings = Settings(args.precision, device, args.threads, args.rounds, args.steps, args.switches)
+        result = race(workload, find(args.peers, workload), settings)
         context = facts(device)
-        Console().print(table(workload, args.precision, context["device"], result))
+        Console().print(table(workload, settings, context["device"], result))
         if args.json:
-            add_line(args.json, {**context, "precision": args.precision, **record(workload, result)})
+            add_line(args.json, {**context, "precision": args.precision, "switches": args.switches, **record(workload, result)})
     except UserError as error:
         print(f"bench/train.py: error: {error}", file=sys.stderr)
         return 2
@@ -50,39 +49,34 @@ def _parse() -> argparse.Namespace:
     shapes = "; ".join(f"{name} = {workload.about}" for name, workload in WORKLOADS.items())
     parser.add_argument("--workload", choices=list(WORKLOADS), default="A", help=f"{shapes} (default: A)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast in the peers (default: fp32)")
-    parser.add_argument("--peers", help=f"comma-separated, of {', '.join(PEERS)} (default: all that can run the workload here)")
+    parser.add_argument("--peers", help=f"comma-separated, of {', '.join(PEERS)} (default: all that are installed and can run it)")
+    parser.add_argument("--install", metavar="PEER", help="make this peer's environment, and end")
+    parser.add_argument(
+        "--switches", action="store_true", help="give the peers this project's settings of the process, which their users do not have"
+    )
     parser.add_argument("--steps", type=int, default=0, help="timed steps of a round (default: about a second's worth)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; medians are over them (default: 5)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of each (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the result to this file as one JSON line")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the races that are in --json's file, and end")
     args = parser.parse_args()
+    if args.picture and not args.json:
+        parser.error(f"--picture {args.picture}: expected --json FILE too, the file that races were written to")
     for name, least in (("steps", 0), ("rounds", 1), ("threads", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)}: expected at least {least}")
     return args
 
 
-def _peers(names: str | None, workload: Workload) -> list[str]:
-    """The peers asked for, or all that have a model for the workload and are installed."""
-    installed = importlib.util.find_spec("transformers") is not None
-    if names is None:
-        biased = workload.model.bias or workload.model.position == "rope"
-        return [name for name, (family, _) in PEERS.items() if family == "nanogpt" or (installed and biased)]
-    chosen = [name for name in names.split(",") if name]
-    if not installed and any(name.startswith("transformers") for name in chosen):
-        raise UserError(f"--peers {names}: transformers is not installed; pip install transformers, or --peers nanogpt,nanogpt-fused")
-    return chosen
-
-
-def table(workload: Workload, precision: str, device: str, result: Race) -> Table:
+def table(workload: Workload, settings: Settings, device: str, result: Race) -> Table:
     """Contenders by row; the last column says how many times as fast as each this project is."""
-    model = workload.model
-    shape = f"{model.layers} layers, {model.hidden} wide, {workload.batch} x {model.seq_length} tokens, vocabulary {model.vocab_size:,}"
-    title = f"{workload.name}: {workload.about}\n{shape}, {result.lanes[0].parameters:,} parameters"
-    caption = (
-        f"{precision} on {device}; matrix products up to {result.peak_flops / 1e9:,.0f} GFLOP/s; {len(result.lanes[0].seconds)} rounds"
-    )
+    shape = workload.shape
+    sizes = f"{shape.layers} layers, {shape.hidden} wide, {workload.batch} x {shape.seq_length} tokens, vocabulary {shape.vocab_size:,}"
+    title = f"{workload.name}: {workload.about}\n{sizes}, {result.lanes[0].parameters:,} parameters"
+    switches = ", same switches for all" * settings.switches
+    peak = f"matrix products up to {result.peak_flops / 1e9:,.0f} GFLOP/s"
+    caption = f"{settings.precision} on {device}{switches}; {peak}; {len(result.lanes[0].seconds)} rounds"
     grid = Table(title=title, caption=caption)
     grid.add_column("contender")
     for heading in ("tokens/s", "ms/step", "MFU", "peak MiB", "less imports", "ours is"):

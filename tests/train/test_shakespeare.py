@@ -12,11 +12,11 @@ from teratron.config import Config
 from teratron.train import Trainer
 
 
-def held_out_loss(shared: Path, run: Path, **keys: Any) -> float:
-    """Train the preset; its loss over the whole held-out tenth, in nats a character."""
+def held_out_loss(shared: Path, run: Path, preset: str = "shakespeare-char", **keys: Any) -> float:
+    """Train a preset; its loss over the whole held-out tenth, in nats a character."""
     changed = {name.replace("__", "."): value for name, value in keys.items()}
     fixed = {"data.text": (str(shared / "data" / "tinyshakespeare" / "input.txt"),), "train.eval_every": 0, "log.tensorboard": False}
-    config = Config.preset("shakespeare-char").override(fixed | changed)
+    config = Config.preset(preset).override(fixed | changed)
     return Trainer(config, run, device="cpu", echo=False).train().valid_loss
 
 
@@ -26,6 +26,12 @@ def test_three_seeds_reach_the_published_loss(shared: Path, tmp_path: Path) -> N
     losses = [held_out_loss(shared, tmp_path / str(seed), train__seed=seed) for seed in (1, 2, 3)]
     assert max(losses) <= 1.91, losses
     assert fmean(losses) <= 1.90, losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_fast_recipe_reaches_it_in_150_steps(seed: int, shared: Path, tmp_path: Path) -> None:
+    assert held_out_loss(shared, tmp_path / "run", "shakespeare-fast", train__seed=seed) <= 1.89
 
 
 @pytest.mark.slow

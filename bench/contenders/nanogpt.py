@@ -1,6 +1,6 @@
 """A plain PyTorch model in the style of nanoGPT, GPT-2 or Llama shaped: what a small training script on one page holds.
 
-Nothing of this project's models is used. Parameters have the names of the `transformers` classes.
+Parameters have the names of the `transformers` classes. Variants: `fused` takes the fused AdamW, `compiled` torch.compile too.
 """
 
 from __future__ import annotations
@@ -9,13 +9,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from job import Gate, Job, Shape
 from torch import Tensor, nn
 
-from teratron.config import ModelConfig
+from contenders.plain import load, loop
+
+
+def train(job: Job, gate: Gate) -> None:
+    model = build(job)
+    loop(job, gate, model, torch.compile(model) if job.variant == "compiled" else model)
+
+
+def build(job: Job) -> nn.Module:
+    """The job's model with the job's weights, on its device."""
+    return load((Llama if job.shape.llama else GPT2)(job.shape), job.weights()).to(job.device)
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Shape) -> None:
         super().__init__()
         self.heads = config.heads
         self.c_attn = nn.Linear(config.hidden, 3 * config.hidden, bias=config.bias)
@@ -29,7 +40,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Shape) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.hidden, 4 * config.hidden, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.hidden, config.hidden, bias=config.bias)
@@ -39,7 +50,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Shape) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.hidden, bias=config.bias)
         self.attn = CausalSelfAttention(config)
@@ -56,7 +67,7 @@ class GPT2(nn.Module):
 
     transformer: Any
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Shape) -> None:
         super().__init__()
         self.transformer = nn.ModuleDict(
             {
@@ -78,7 +89,7 @@ class GPT2(nn.Module):
 
 
 class LlamaAttention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Shape) -> None:
         super().__init__()
         self.head_dim = config.hidden // config.heads
         self.q_proj = nn.Linear(config.hidden, config.hidden, bias=False)
@@ -100,7 +111,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class LlamaMLP(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Shape) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden, config.ffn, bias=False)
         self.up_proj = nn.Linear(config.hidden, config.ffn, bias=False)
@@ -111,7 +122,7 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Shape) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
         self.self_attn = LlamaAttention(config)
@@ -130,7 +141,7 @@ class Llama(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Shape) -> None:
         super().__init__()
         self.model = nn.ModuleDict(
             {
