@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -17,12 +16,12 @@ import numpy as np
 from machine import add_line, facts
 from rich.console import Console
 from rich.table import Table
-from start import some_text
+from start import some_text, wall
 
 from teratron.config import UserError
 from teratron.data.bpe import train_bpe
 from teratron.data.indexed import IndexedDataset, IndexedWriter
-from teratron.data.prepare import prepare
+from teratron.data.pool import cores
 from teratron.data.samples import NativeSamples
 from teratron.data.tokenizer import Tokenizer
 
@@ -58,17 +57,22 @@ def main() -> int:
 
 
 def measure(folder: Path, mib: int, rounds: int) -> dict[str, float]:
-    """MB/s of each way of preparing a `.jsonl`, and million tokens/s of each way of drawing samples; one more round before is dropped."""
+    """MB/s of each way of preparing a `.jsonl` (ours by its command, its start included), million tokens/s of each of drawing samples.
+
+    One more round before the first is dropped.
+    """
     text = some_text(2**20)
     tokenizer, source = train_bpe([text], VOCABULARY, ["<|eod|>"]), folder / "text.jsonl"
     write_documents(source, text, mib)
     data = folder / "data"
-    ours = partial(prepare, [source], data, tokenizer, append_eod=False, overwrite=True)
+    tokenizer.save(folder / "tokenizer")
+    command = f"-m teratron data prepare {source} --tokenizer {folder / 'tokenizer'} --output {data} --no-append-eod --overwrite --workers"
+    ours = [sys.executable, *command.split()]
     preparing: dict[str, Callable[[], object]] = {
         "prepare: a plain loop, a document at a time": partial(plain_loop, source, folder / "plain", tokenizer),
         "prepare: `tokenizers` alone, nothing read or written": partial(encode_alone, source, tokenizer),
-        "prepare: teratron, one worker": partial(ours, workers=1),
-        "prepare: teratron, a worker a core": partial(ours, workers=os.cpu_count() or 1),
+        "prepare: teratron, one worker": partial(wall, [*ours, "1"]),
+        "prepare: teratron, a worker a core": partial(wall, [*ours, str(cores())]),
     }
     megabytes = source.stat().st_size / 1e6
     found = {name: megabytes / seconds for name, seconds in timed(preparing, rounds).items()}
