@@ -1,6 +1,6 @@
 """Fine-tuning measured: each task on real data from nothing and from a small pretrained model, beside a baseline that has read nothing.
 
-    python bench/tasks.py --data FOLDER --work FOLDER pretrain            # the three models, once; minutes each
+    python bench/tasks.py --data FOLDER --work FOLDER pretrain            # the four models, once; half an hour each on a busy core
     python bench/tasks.py --data FOLDER --work FOLDER row sentiment       # one row of the table
     python bench/tasks.py --data FOLDER --work FOLDER table               # docs/tasks.md's table from all rows that were run
 
@@ -13,6 +13,7 @@ import argparse
 import csv
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from teratron.data.order import permute
 
@@ -60,6 +63,10 @@ PRETRAININGS = {
 }
 
 
+SENTENCES = "--epochs 1 --group 32 --optim.lr 1e-3 --optim.warmup_steps 58 --train.steps 240 --train.eval_every 100 --train.patience 0"
+"""How the encoder learns vectors of sentences, from texts alone: the fourth model, `sentences`."""
+
+
 def reviews(data: Path) -> dict[str, Rows]:
     with zipfile.ZipFile(data / "sentence_polarity" / "sentence_polarity.zip") as archive:
         rows = [
@@ -80,7 +87,11 @@ def requests(data: Path) -> dict[str, Rows]:
 
 
 def intent(data: Path) -> dict[str, Rows]:
-    return few(requests(data), 2000)
+    """Ten rows of each of 77 classes."""
+    parts, held = requests(data), dict[str, Rows]()
+    for row in shuffled(parts["train"]):
+        held.setdefault(row["category"], []).append(row)
+    return parts | {"train": [row for rows in held.values() for row in rows[:10]]}
 
 
 def inference(data: Path) -> dict[str, Rows]:
@@ -88,6 +99,10 @@ def inference(data: Path) -> dict[str, Rows]:
     premises = shuffled(sorted({row["premise"] for row in rows}))
     held = set(premises[: len(premises) // 8])
     return {"train": [row for row in rows if row["premise"] not in held], "test": [row for row in rows if row["premise"] in held]}
+
+
+def inference_few(data: Path) -> dict[str, Rows]:
+    return few(inference(data), 2000)
 
 
 def similarity(data: Path) -> dict[str, Rows]:
@@ -122,6 +137,11 @@ def translation(data: Path) -> dict[str, Rows]:
     }
 
 
+def translation_few(data: Path) -> dict[str, Rows]:
+    parts = few(translation(data), 2000)
+    return parts | {"valid": parts["valid"][:100], "test": parts["test"][:200]}
+
+
 def summarisation(data: Path) -> dict[str, Rows]:
     found = {name: lines(data / "scitldr" / f"{part}.jsonl") for name, part in (("train", "train"), ("test", "dev"))}
     pairs = {name: [{"source": " ".join(row["source"]), "target": row["target"]} for row in rows] for name, rows in found.items()}
@@ -149,10 +169,17 @@ def reasoning(data: Path) -> dict[str, Rows]:
 
 
 def choices(data: Path) -> dict[str, Rows]:
-    rows = [
-        row for name in ("arc_easy", "arc_challenge", "openbook_qa", "piqa") for row in lines(data / "mcq_llmfoundry" / f"{name}.jsonl")
-    ]
-    return split(shuffled([{"query": row["query"], "choices": row["choices"], "gold": row["gold"]} for row in rows]), 800)
+    """Questions that fit into a small model with each of their choices."""
+    names = ("arc_easy", "arc_challenge", "openbook_qa", "piqa")
+    rows = [row for name in names for row in lines(data / "mcq_llmfoundry" / f"{name}.jsonl")]
+    short = [row for row in rows if len(row["query"]) + max(map(len, row["choices"])) < 250]
+    return split(shuffled([{"query": row["query"], "choices": row["choices"], "gold": row["gold"]} for row in short]), 800)
+
+
+def plays(data: Path) -> dict[str, Rows]:
+    """A domain that no pretraining has read; its last part is held out."""
+    pieces = [{"text": piece} for piece in chunks((data / "tinyshakespeare" / "input.txt").read_text("utf-8"))]
+    return {"train": pieces[:-10], "test": pieces[-10:]}
 
 
 @dataclass(frozen=True)
@@ -169,24 +196,31 @@ class Row:
     """Of both runs."""
 
 
+FEW = "--train.patience 0 --train.eval_every 0"
+"""With few rows all are learnt from for a fixed time: a tenth of them would be too few to choose a checkpoint by."""
+
 ROWS = {
-    "sentiment": Row("classify", sentiment, "sentence_polarity", "encoder", "accuracy", "--epochs 6 --optim.lr 5e-4"),
-    "intent": Row("classify", intent, "banking77", "encoder", "accuracy", "--epochs 12 --optim.lr 1e-3"),
-    "inference": Row("classify", inference, "snli_dev", "encoder", "accuracy", "--epochs 3 --optim.lr 5e-4"),
+    "sentiment": Row("classify", sentiment, "sentence_polarity", "sentences", "accuracy", f"--epochs 3 --optim.lr 1e-3 {FEW}"),
+    "intent": Row("classify", intent, "banking77", "sentences", "accuracy", f"--epochs 12 --optim.lr 3e-3 {FEW}"),
+    "inference": Row("classify", inference_few, "snli_dev", "sentences", "accuracy", f"--epochs 3 --optim.lr 1e-3 {FEW}"),
     "entities": Row("tag", entities, "wnut17", "encoder", "f1", "--epochs 8 --optim.lr 1e-3"),
     "reading": Row("answer", reading, "xquad_en", "encoder", "f1", "--epochs 8 --length 128 --stride 64 --optim.lr 5e-4"),
-    "similarity": Row("embed", similarity, "snli_dev", "encoder", "mrr", "--epochs 6 --optim.lr 5e-4"),
-    "choices": Row("choose", choices, "mcq_llmfoundry", "encoder", "accuracy", "--epochs 3 --length 64 --optim.lr 5e-4"),
-    "translation": Row("seq2seq", translation, "enja_tanaka", "rewriter", "bleu", "--epochs 3 --optim.lr 1e-3"),
-    "summarisation": Row("seq2seq", summarisation, "scitldr", "rewriter", "rougeL", "--epochs 5 --optim.lr 1e-3"),
+    "similarity": Row("embed", similarity, "snli_dev", "sentences", "mrr", f"--epochs 2 --optim.lr 1e-3 {FEW}"),
+    "choices": Row("choice", choices, "mcq_llmfoundry", "decoder", "accuracy_norm"),
+    "translation": Row("seq2seq", translation, "enja_tanaka", "rewriter", "perplexity", "--epochs 3 --optim.lr 1e-3"),
+    "translation_few": Row("seq2seq", translation_few, "enja_tanaka", "rewriter", "perplexity", f"--epochs 4 --optim.lr 1e-3 {FEW}"),
+    "summarisation": Row(
+        "seq2seq", summarisation, "scitldr", "decoder", "perplexity", f"--epochs 1 --optim.lr 1e-3 --target-length 40 {FEW}"
+    ),
     "chat": Row("chat", chat, "instruct_selfinstruct_seed, sgd_dialogue", "decoder", "perplexity", "--epochs 8 --optim.lr 1e-3"),
-    "reasoning": Row("seq2seq", reasoning, "gsm8k", "decoder", "answer_perplexity", "--epochs 2 --optim.lr 1e-3 --target-length 100"),
+    "reasoning": Row("seq2seq", reasoning, "gsm8k", "decoder", "perplexity", "--epochs 2 --optim.lr 1e-3 --target-length 100"),
+    "domain": Row(
+        "train", plays, "tinyshakespeare", "decoder", "perplexity", "--train.steps 60 --optim.warmup_steps 10 --train.eval_every 20"
+    ),
 }
 
 
 def shuffled(items: list[Any]) -> list[Any]:
-    import numpy as np
-
     return [items[place] for place in permute(np.arange(len(items)), len(items), 1)]
 
 
@@ -266,32 +300,121 @@ def pretrain(name: str, data: Path, work: Path) -> Path:
     return run
 
 
+def pretrain_sentences(data: Path, work: Path) -> Path:
+    """The encoder, which then learns which texts belong together from texts alone; the same call goes on with it."""
+    model, run, folder = pretrained("encoder", data, work), work / "pretrained-sentences", work / "data" / "sentences"
+    write_rows(folder, split(shuffled(list(pairs(data))), 300))
+    files = ["--data", f"{folder}/train.jsonl", "--valid", f"{folder}/test.jsonl"]
+    call([*TERATRON, "finetune", "embed", "--model", str(model), *files, "--run", str(run), *SENTENCES.split()])
+    return run
+
+
+def pairs(data: Path) -> Iterable[dict[str, str]]:
+    """Two draws of a sentence's words, and neighbouring sentences, of the tasks' training texts."""
+    random_words = random.Random(1)
+    sources = ((reviews, ("text",)), (requests, ("text",)), (inference, ("premise", "hypothesis")))
+    texts = (text for make, keys in sources for text in dict.fromkeys(row[key] for row in make(data)["train"] for key in keys))
+    found = [tuple(" ".join(word for word in text.split() if random_words.random() < 0.6) for _ in range(2)) for text in texts]
+    longer = [row["query"] for row in lines(data / "mcq_llmfoundry" / "boolq.jsonl")][:1500]
+    for text in longer + [row["source"] for row in summarisation(data)["train"]]:
+        sentences = [part for part in re.split(r"(?<=[.!?])\s+", text) if 30 < len(part) < 200]
+        found += zip(sentences[::2], sentences[1::2], strict=False)
+    for first, second in found:
+        if min(len(first.split()), len(second.split())) > 1:
+            yield {"anchor": first, "positive": second}
+
+
+def pretrained(name: str, data: Path, work: Path) -> Path:
+    """A pretrained model, made where it is not there yet."""
+    run = work / f"pretrained-{name}"
+    if (run / "report.html").is_file():
+        return run
+    return pretrain_sentences(data, work) if name == "sentences" else pretrain(name, data, work)
+
+
 def measure(name: str, data: Path, work: Path) -> dict[str, Any]:
     """Both runs of a row; the scores are kept in WORK/NAME.json."""
-    row = ROWS[name]
-    model, folder = work / f"pretrained-{row.model}", work / "data" / name
-    if not (model / "config.toml").is_file():
-        pretrain(row.model, data, work)
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
-        for part, rows in row.data(data).items():
-            (folder / f"{part}.jsonl").write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rows), "utf-8")
+    row, folder = ROWS[name], work / "data" / name
+    model = pretrained(row.model, data, work)
+    write_rows(folder, row.data(data))
+    how = {"choice": ask, "train": adapt}.get(row.task, finetune)
+    result = {"metric": row.metric, "learnt": len(lines(folder / "train.jsonl")), **how(row, model, folder, work / name)}
+    (work / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def write_rows(folder: Path, parts: dict[str, Rows]) -> None:
+    """Each part as FOLDER/PART.jsonl, where they are not there yet."""
+    if folder.is_dir():
+        return
+    folder.mkdir(parents=True)
+    for part, rows in parts.items():
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rows), "utf-8")
+
+
+def finetune(row: Row, model: Path, folder: Path, run: Path) -> dict[str, Any]:
+    """From drawn weights and from the pretrained ones: metrics of the test rows, and those of the task's baseline."""
     files: list[str] = []
     for part, option in (("train", "--data"), ("valid", "--valid"), ("test", "--test")):
         files += [option, f"{folder}/{part}.jsonl"] if (folder / f"{part}.jsonl").is_file() else []
-    result: dict[str, Any] = {"metric": row.metric, "seconds": {}}
+    result: dict[str, Any] = {"seconds": {}}
     for kind, extra in (("nothing", ["--scratch"]), ("pretrained", [])):
-        begun = time.perf_counter()
-        run = work / f"{name}-{kind}"
-        call([*TERATRON, "finetune", row.task, "--model", str(model), *files, "--run", str(run), *row.options.split(), *extra])
+        begun, own = time.perf_counter(), Path(f"{run}-{kind}")
+        call([*TERATRON, "finetune", row.task, "--model", str(model), *files, "--run", str(own), *row.options.split(), *extra])
         result["seconds"][kind] = time.perf_counter() - begun
-        scores = json.loads((run / "scores.json").read_text("utf-8"))
-        result[kind] = scores["metrics"] | {"answer_perplexity": {"value": math.exp(least_loss(run))}}
-        result["baseline"] = scores["baseline"]
-        result["examples"] = scores["examples"]
-        result["learnt"] = sum(1 for _ in (folder / "train.jsonl").open(encoding="utf-8"))
-    (work / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        scores = json.loads((own / "scores.json").read_text("utf-8"))
+        result |= {kind: scores["metrics"], "baseline": scores["baseline"], "examples": scores["examples"]}
+        if row.metric == "perplexity":
+            result[kind]["perplexity"], result["baseline"]["perplexity"] = perplexities(own, folder)
     return result
+
+
+def perplexities(run: Path, folder: Path) -> tuple[dict[str, float], float]:
+    """Of the test rows' targets: that of a fine-tuned run, and that of pairs of tokens counted in the training rows' targets."""
+    import torch
+
+    from teratron.tasks.bigram import bigram_loss
+    from teratron.tasks.finetune.coder import Coder
+    from teratron.tasks.finetune.judge import best_model
+    from teratron.tasks.finetune.prepare import load_task, run_tokenizer
+    from teratron.tasks.finetune.rows import find_columns, read_table
+    from teratron.tasks.finetune.writing import losses
+
+    task, (model, config, _) = load_task(run), best_model(run, torch.device("cpu"))
+    coder, examples = Coder(run_tokenizer(run), config.model, task.options.length), {}
+    for part in ("train", "test"):
+        table = read_table([folder / f"{part}.jsonl"], task.parallel_text)
+        examples[part] = task.examples(task.read(find_columns(table, task.columns, {}, task.optional)).rows, coder)
+    streams = {part: np.concatenate([one["targets"][one["weights"] > 0] for one in found]) for part, found in examples.items()}
+    loss = losses(model, config, examples["test"]).sum() / len(streams["test"])
+    return {"value": math.exp(loss)}, math.exp(bigram_loss(streams["train"], streams["test"], config.model.vocab_size))
+
+
+def ask(row: Row, model: Path, folder: Path, run: Path) -> dict[str, Any]:
+    """Multiple choice by likelihood: nothing is learnt for it."""
+    call([*TERATRON, "eval", str(model), "choice", "--data", f"{folder}/test.jsonl", "--out", str(run)])
+    found = json.loads((run / "eval.json").read_text("utf-8"))["results"][0]
+    chance = {row.metric: found["facts"]["chance"]}
+    return {"learnt": 0, "pretrained": found["metrics"], "baseline": chance, "examples": found["count"]}
+
+
+def adapt(row: Row, model: Path, folder: Path, run: Path) -> dict[str, Any]:
+    """Pretraining on a domain's text, from drawn weights and from the pretrained ones: perplexity of held-out text."""
+    from teratron.data.tokenizer import load_tokenizer
+    from teratron.tasks.bigram import bigram_loss
+
+    tokenizer, tokens, keys = load_tokenizer(model / "tokenizer"), {}, [*row.options.split(), "--data.text", ""]
+    for part, key in (("train", "--data.train"), ("test", "--data.valid")):
+        prefix, text = folder / part / "text", folder / f"{part}.jsonl"
+        call([*TERATRON, "data", "prepare", str(text), "--tokenizer", str(model / "tokenizer"), "--output", str(prefix)])
+        keys += [key, str(prefix)]
+        tokens[part] = np.concatenate(tokenizer.encode_batch([item["text"] for item in lines(text)])).astype(np.int64)
+    result: dict[str, Any] = {"examples": len(tokens["test"])}
+    for kind, init in (("nothing", ""), ("pretrained", str(model))):
+        own = Path(f"{run}-{kind}")
+        call([*TERATRON, "train", str(model / "config.toml"), "--run", str(own), "--train.init", init, *keys])
+        result[kind] = {"perplexity": {"value": math.exp(least_loss(own))}}
+    return result | {"baseline": {"perplexity": math.exp(bigram_loss(tokens["train"], tokens["test"], tokenizer.vocab_size))}}
 
 
 def least_loss(run: Path) -> float:
@@ -306,7 +429,7 @@ def call(command: list[str]) -> None:
 
 
 def print_table(work: Path) -> None:
-    """Gains are positive where the pretrained model is better; `answer_perplexity` is that of the held-out tenth of the training rows."""
+    """Gains are positive where the pretrained model is better."""
     print("| task | data | metric | baseline | from nothing | from our pretrained model | gain |")
     print("|---|---|---|---|---|---|---|")
     for name, row in ROWS.items():
@@ -314,13 +437,13 @@ def print_table(work: Path) -> None:
         if not path.is_file():
             continue
         found = json.loads(path.read_text("utf-8"))
-        nothing, learnt = (found[kind][row.metric] for kind in ("nothing", "pretrained"))
-        dull = found["baseline"].get(row.metric)
+        learnt, dull = found["pretrained"][row.metric], found["baseline"][row.metric]
+        nothing = found["nothing"][row.metric]["value"] if "nothing" in found else None
         spread = " ({low:.3f} to {high:.3f})".format(**learnt) if "low" in learnt else ""
+        gain = (learnt["value"] - (dull if nothing is None else nothing)) * (-1 if row.metric == "perplexity" else 1)
         print(
             f"| {name} (`{row.task}`) | `{row.source}`, {found['learnt']:,} to learn from, {found['examples']:,} to test | {row.metric} | "
-            f"{'' if dull is None else f'{dull:.3f}'} | {nothing['value']:.3f} | {learnt['value']:.3f}{spread} | "
-            f"{(learnt['value'] - nothing['value']) * (-1 if 'perplexity' in row.metric else 1):+.3f} |"
+            f"{dull:.3f} | {'' if nothing is None else f'{nothing:.3f}'} | {learnt['value']:.3f}{spread} | {gain:+.3f} |"
         )
 
 
@@ -329,12 +452,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder of the data sets")
     parser.add_argument("--work", type=Path, required=True, help="a folder for models and runs")
     parser.add_argument("what", choices=("pretrain", "row", "table"))
-    parser.add_argument("names", nargs="*", help=f"pretrain: {', '.join(PRETRAININGS)}; row: {', '.join(ROWS)} (default: all)")
+    parser.add_argument("names", nargs="*", help=f"pretrain: {', '.join(PRETRAININGS)}, sentences; row: {', '.join(ROWS)} (default: all)")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.what == "pretrain":
-        for name in args.names or PRETRAININGS:
-            pretrain(name, args.data, args.work)
+        for name in args.names or (*PRETRAININGS, "sentences"):
+            pretrained(name, args.data, args.work)
     if args.what == "row":
         for name in args.names or ROWS:
             measure(name, args.data, args.work)

@@ -117,6 +117,17 @@ def test_a_frozen_encoder_stays_while_the_decoder_learns(tmp_path: Path) -> None
     assert any(name.startswith("decoder.") for name in moved)
 
 
+def test_one_task_begins_where_another_ended(tmp_path: Path) -> None:
+    (tmp_path / "then").mkdir()
+    assert finetune("embed", tmp_path, "encoder", PAIRS, PAIRS[:9], "--epochs", "1") == 0
+    more = ("--model", str(tmp_path / "run"), "--epochs", "1", "--freeze", "1")
+    assert finetune("classify", tmp_path / "then", "encoder", ROWS, ROWS[:9], *more) == 0
+    runs = (pretrained("encoder"), tmp_path / "run", tmp_path / "then" / "run")
+    first, second, third = ({e.name: e.values() for e in open_weights(run).parts if e.name.startswith("blocks.")} for run in runs)
+    assert all(bool((second[name] == third[name]).all()) for name in second)
+    assert not all(bool((first[name] == second[name]).all()) for name in first)
+
+
 def test_a_run_is_judged_on_the_device_that_is_asked_for() -> None:
     # The meta device stands for any that is not the CPU: all that is not moved there would be refused.
     (model, _, _), of = best_model(pretrained("encoder"), torch.device("meta")), encoder()

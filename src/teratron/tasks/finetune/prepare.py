@@ -180,11 +180,14 @@ def _tokenizer(job: Job, source: Weights) -> Tokenizer:
 
 def _config(job: Job, task: Task, source: Weights, examples: Mapping[str, Sequence[Example]], run: Path) -> Config:
     """The run's config: what the task asks for, then what is usual in fine-tuning, then what the user says."""
-    model = source.config
+    model, begun = source.config, source.run_config().objective
     count, most = len(examples["train"]), max(map(longest, examples.values()))
     batch = int(job.overrides.get("train.global_batch", min(task.usual_batch, max(1, count // 8))))
     steps = max(1, math.ceil(job.epochs * count / batch))
-    keys: dict[str, Any] = {"model.seq_length": max(most, model.window), "model.max_positions": model.positions, "model.dropout": 0.1}
+    keys: dict[str, Any] = {f"model.{part.name}": getattr(model, part.name) for part in fields(model)}
+    keys |= {f"objective.{part.name}": getattr(begun, part.name) for part in fields(begun)}
+    keys |= {"model.seq_length": max(most, model.window), "model.max_positions": model.positions, "model.dropout": 0.1}
+    keys |= {"model.head": "language", "model.classes": 0}
     keys |= {"model.attention_dropout": 0.0, "model.predict_tokens": 1}
     keys |= {"objective.name": task.objective, "objective.sentence": "none", "data.examples": str(run / EXAMPLES)}
     keys |= {"optim.lr": usual_lr(model.hidden, bool(job.overrides.get("model.adapter_rank", model.adapter_rank)))}
@@ -193,12 +196,10 @@ def _config(job: Job, task: Task, source: Weights, examples: Mapping[str, Sequen
     keys |= {"train.patience": 3, "checkpoint.keep": 1, "checkpoint.every": 0}
     keys |= {"train.init": "" if job.scratch else str(job.model)}
     keys |= task.keys()
-    if keys.get("model.head", "language") != "language":
+    if keys["model.head"] != "language":
         keys |= {"model.head_transform": False}
     groups = _groups(job, model)
-    return Config(model=model, objective=source.run_config().objective).override(
-        keys | ({"optim.groups": groups} if groups else {}) | dict(job.overrides)
-    )
+    return Config().override(keys | ({"optim.groups": groups} if groups else {}) | dict(job.overrides))
 
 
 def usual_lr(hidden: int, adapters: bool) -> float:
