@@ -216,7 +216,7 @@ def real(rank: int, ranks: int, keys: dict[str, Any]) -> tuple[dict[str, int], d
         meter.label("batch", batch.values())
         meter.restart()
         engine.step(batch, step=1, number=1, lr=1e-3)
-        return dict(meter.peak), state, meter.now.flops
+        return dict(meter.peak), state, meter.now.flops.total()
 
 
 REAL: list[tuple[int, dict[str, Any]]] = [

@@ -30,6 +30,7 @@ VERBS = {
     "sweep": "teratron.cli.sweep",
     "range-test": "teratron.cli.range_test",
     "watch": "teratron.cli.watch",
+    "bench": "teratron.cli.bench",
     "inspect": "teratron.cli.inspect",
     "convert": "teratron.cli.convert",
 }

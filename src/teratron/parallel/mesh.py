@@ -16,6 +16,7 @@ from torch import Tensor
 
 from teratron.config import ModelConfig, ParallelConfig, UserError
 from teratron.parallel.doing import TIMEOUT, Doing
+from teratron.parallel.spans import STARVED, WAIT, span
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 """Outermost first: the ranks of the last axis are neighbours, and talk most."""
@@ -42,7 +43,8 @@ class Pending:
 
     def wait(self) -> None:
         if self._works and self._group is not None:
-            self._group.doing.wait(self._works, f"{self._what} {self._group.words}")
+            with span(STARVED if self._what.startswith("receive") else WAIT):
+                self._group.doing.wait(self._works, f"{self._what} {self._group.words}")
         self._works = ()
 
 

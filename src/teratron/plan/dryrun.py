@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,10 +28,18 @@ from teratron.parallel.pipeline import Runtime
 from teratron.parallel.schedule_actions import Action, Kind
 from teratron.plan.imagined import ImaginedMesh
 from teratron.plan.layout import assumed_vocabulary
-from teratron.plan.meter import Deed, Message, Meter
+from teratron.plan.meter import OPTIMIZER, Deed, Message, Meter
 
 STATE = ("weights", "gradients", "optimizer")
 """Kinds of memory that stay between steps."""
+
+
+class Work(NamedTuple):
+    """What operations do, each by itself."""
+
+    flops: int
+    moved: int
+    """Bytes that they read and write."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +55,19 @@ class DryRun:
     """Bytes between steps, by kind."""
     peak: dict[str, int]
     """Bytes by kind at the moment of a step when there are the most."""
-    flops: int
+    work: dict[str, Work]
+    """By kind of work."""
     messages: dict[Message, tuple[int, int, int]]
     """Of collectives that are alike: calls, bytes of the whole tensors, bytes that leave this rank."""
 
     @property
     def world(self) -> int:
         return math.prod(self.sizes.values())
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of a step."""
+        return sum(work.flops for work in self.work.values())
 
     @property
     def total(self) -> int:
@@ -89,10 +103,11 @@ def dry_run(
         batch = fake_batch(engine.objective, config, rows)
         meter.label("batch", batch.values())
         meter.restart()
-        engine.step(batch, step=1, number=1, lr=learning_rate(config, 1))
+        engine.step(batch, step=1, number=1, lr=learning_rate(config, 1), around=meter.working(OPTIMIZER))
     now = meter.now
     messages = {message: (calls, now.volume[message], now.sent[message]) for message, calls in now.calls.items()}
-    return DryRun(config, mesh.sizes, rank, rows // (config.train.micro_batch or rows), state, _present(meter.peak), now.flops, messages)
+    work = {kind: Work(now.flops[kind], now.moved[kind]) for kind in now.moved}
+    return DryRun(config, mesh.sizes, rank, rows // (config.train.micro_batch or rows), state, _present(meter.peak), work, messages)
 
 
 def _present(memory: Counter[str]) -> dict[str, int]:

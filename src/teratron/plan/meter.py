@@ -1,10 +1,11 @@
-"""A meter of everything that runs under it, on real or fake tensors: memory by kind, floating-point operations, messages."""
+"""A meter of everything that runs under it, on real or fake tensors: memory, operations and bytes moved by kind, messages."""
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +16,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten: Any = torch.ops.aten
 ACTIVATIONS, COMMUNICATION = "activations", "communication"
 """Kinds of memory that nobody has labelled: what is computed, and buffers of collectives."""
+PRODUCTS, ATTENTION, ELEMENTWISE, OPTIMIZER = "products", "attention", "elementwise", "optimizer"
+"""Kinds of work; elementwise is all that is neither."""
+ATTENDING = {
+    aten.bmm,
+    aten.baddbmm,
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward,
+}
+"""Products that only attention has: those of weights are never in batches."""
+MULTIPLYING = {aten.mm, aten.addmm, aten.addmm_, aten._scaled_mm}
+PICKING = {aten.embedding, aten.index, aten.index_select, aten.gather}
+"""They read as much as they write, and the numbers that say what."""
+EMPTY = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+OVERWRITING = {aten.copy_, aten.fill_, aten.zero_}
+"""They do not read what they change."""
 
 
 class Message(NamedTuple):
@@ -33,7 +49,10 @@ class Reading:
 
     memory: Counter[str] = field(default_factory=Counter)
     """Bytes that are held, by kind."""
-    flops: int = 0
+    flops: Counter[str] = field(default_factory=Counter)
+    """Floating-point operations, by kind of work."""
+    moved: Counter[str] = field(default_factory=Counter)
+    """Bytes that operations read and write, by kind of work."""
     calls: Counter[Message] = field(default_factory=Counter)
     volume: Counter[Message] = field(default_factory=Counter)
     """Bytes of the whole tensors that are gathered, summed or sent."""
@@ -41,16 +60,15 @@ class Reading:
     """Bytes that leave this rank, by ring algorithms."""
 
     def copy(self) -> Reading:
-        return Reading(self.memory.copy(), self.flops, self.calls.copy(), self.volume.copy(), self.sent.copy())
+        return Reading(*(counter.copy() for counter in self._counters()))
 
     def add(self, other: Reading, sign: int = 1) -> None:
-        self.flops += sign * other.flops
         for mine, theirs in zip(self._counters(), other._counters(), strict=True):
             for name, count in theirs.items():
                 mine[name] += sign * count
 
     def _counters(self) -> tuple[Counter[Any], ...]:
-        return self.memory, self.calls, self.volume, self.sent
+        return self.memory, self.flops, self.moved, self.calls, self.volume, self.sent
 
 
 @dataclass(frozen=True)
@@ -70,12 +88,15 @@ class Meter(TorchDispatchMode):
         self.now = Reading()
         self.peak: Counter[str] = Counter()
         """Memory by kind when there was the most."""
+        self._work = ""
         self._held = self._worst = 0
         self._storages: dict[int, tuple[weakref.ref[Any], str, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.now.flops += flops_of(func.overloadpacket, args)
+        work = self._work or work_of(func.overloadpacket)
+        self.now.flops[work] += flops_of(func.overloadpacket, args)
+        self.now.moved[work] += bytes_of(func, args, kwargs or {}, out)
         for value in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(value, Tensor):
                 self.see(value)
@@ -97,6 +118,13 @@ class Meter(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+
+    @contextmanager
+    def working(self, work: str) -> Iterator[None]:
+        """All that is done within is of this kind of work."""
+        self._work = work
+        yield
+        self._work = ""
 
     def see(self, tensor: Tensor, kind: str = ACTIVATIONS) -> None:
         """Count a tensor's memory, unless it is counted already."""
@@ -171,9 +199,41 @@ class Meter(TorchDispatchMode):
             self._add(kind, storage.nbytes() - size)
 
 
+def work_of(packet: Any) -> str:
+    """The kind of work that an operation is by itself."""
+    return ATTENTION if packet in ATTENDING else PRODUCTS if packet in MULTIPLYING else ELEMENTWISE
+
+
+def bytes_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """Bytes that an operation reads and writes, each tensor once; views and empty tensors move none."""
+    packet = func.overloadpacket
+    if func.is_view or packet in EMPTY:
+        return 0
+    read = written = 0
+    storages = set()
+    for place, argument in enumerate(func._schema.arguments):
+        for tensor in _tensors(args[place] if place < len(args) else kwargs.get(argument.name)):
+            storages.add(tensor.untyped_storage()._cdata)
+            changed = argument.alias_info is not None and argument.alias_info.is_write
+            written += changed * _size(tensor)
+            read += (not changed or (packet not in OVERWRITING and argument.name != "out")) * _size(tensor)
+    made = sum(_size(tensor) for tensor in _tensors(out) if tensor.untyped_storage()._cdata not in storages)
+    return 2 * made if packet in PICKING else read + written + made
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    several = value if isinstance(value, (tuple, list)) else (value,)
+    return [one for one in several if isinstance(one, Tensor) and one.device.type != "meta"]
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes; what an expanded tensor repeats counts once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
 def flops_of(packet: Any, args: tuple[Any, ...]) -> int:
     """Floating-point operations of matrix products, two for each multiplication; of causal attention the half that is not masked."""
-    if packet in (aten.mm, aten.bmm):
+    if packet in (aten.mm, aten.bmm, aten._scaled_mm):
         return 2 * args[0].numel() * int(args[1].shape[-1])
     if packet in (aten.addmm, aten.addmm_, aten.baddbmm, aten.baddbmm_):
         return 2 * args[1].numel() * int(args[2].shape[-1])

@@ -1,4 +1,4 @@
-"""A trace of one step on demand, by PyTorch's profiler, with a table of the dearest operations."""
+"""A trace of one step on demand, by PyTorch's profiler, with tables of where its time goes and of the dearest operations."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from teratron.config import UserError
+from teratron.parallel.spans import STEP, span
+from teratron.train.breakdown import KINDS, breakdown
 from teratron.train.metrics import Metrics, Silence
 
 DEAREST = 10
@@ -44,15 +46,16 @@ class Tracer:
         if step != self.step:
             yield
             return
-        with traced(self.run, step, self.rank) as found:
+        folder = self.run / "profile" / f"step-{step:08d}"
+        with traced(folder, self.rank) as found, span(STEP):
             yield
-        self._metrics.write("profile", step=step, **found, time=time.time())
-        self._say(f"step {step}: traced into {self.run / found['folder']}\n{table(found['operations'])}")
+        self._metrics.write("profile", step=step, folder=str(folder.relative_to(self.run)), **found, time=time.time())
+        self._say(f"step {step}: traced into {folder}\n{table(found)}")
 
 
 @contextmanager
-def traced(run: Path, step: int, rank: int) -> Iterator[dict[str, Any]]:
-    """Trace what is done within into RUN/profile/step-N/rank-R.json, beside rank-R.txt; what is yielded is filled at the end.
+def traced(folder: Path, rank: int) -> Iterator[dict[str, Any]]:
+    """Trace what is done within, steps among it, into FOLDER/rank-R.json, beside rank-R.txt; what is yielded is filled at the end.
 
     The trace is for chrome://tracing or Perfetto. Raises `UserError` when the files cannot be written.
     """
@@ -62,15 +65,13 @@ def traced(run: Path, step: int, rank: int) -> Iterator[dict[str, Any]]:
     cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
     with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
         yield found
-    folder = run / "profile" / f"step-{step:08d}"
-    operations = dearest(profiler, bool(cuda))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"rank-{rank}.txt").write_text(table(operations), "utf-8")
         profiler.export_chrome_trace(str(folder / f"rank-{rank}.json"))
+        found |= {"kinds": breakdown(folder / f"rank-{rank}.json"), "operations": dearest(profiler, bool(cuda))}
+        (folder / f"rank-{rank}.txt").write_text(table(found), "utf-8")
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{folder}: the trace of step {step} cannot be written: {error}; free space, then run the same command") from None
-    found |= {"folder": str(folder.relative_to(run)), "operations": operations}
+        raise UserError(f"{folder}: the trace cannot be written: {error}; free space, then run the same command") from None
 
 
 def dearest(profiler: Any, cuda: bool) -> list[dict[str, Any]]:
@@ -82,8 +83,11 @@ def dearest(profiler: Any, cuda: bool) -> list[dict[str, Any]]:
     return [{"name": entry.key, "calls": entry.count, "ms": round(time, 3), "share": round(time / total, 4)} for entry, time in times]
 
 
-def table(operations: list[dict[str, Any]]) -> str:
-    """A line an operation."""
-    lines = [f"{'ms':>10}  {'share':>6}  {'calls':>6}  operation"]
-    lines += [f"{entry['ms']:>10.3f}  {entry['share']:>6.1%}  {entry['calls']:>6}  {entry['name']}" for entry in operations]
+def table(found: dict[str, Any]) -> str:
+    """A line for each kind of work that takes time, and one for each of the dearest operations."""
+    kinds, step = found["kinds"], sum(found["kinds"].values())
+    lines = [f"{'ms':>10}  {'share':>6}  kind of work"]
+    lines += [f"{time:>10.3f}  {time / step:>6.1%}  {KINDS[kind]}" for kind, time in kinds.items() if time]
+    lines += ["", f"{'ms':>10}  {'share':>6}  {'calls':>6}  operation"]
+    lines += [f"{entry['ms']:>10.3f}  {entry['share']:>6.1%}  {entry['calls']:>6}  {entry['name']}" for entry in found["operations"]]
     return "\n".join(lines)

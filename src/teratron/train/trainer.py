@@ -33,6 +33,7 @@ from teratron.optim import LossScale, learning_rate, optim_at
 from teratron.parallel.device import DTYPES, choose_device
 from teratron.parallel.mesh import Mesh, check_layout, describe_layout, mesh_sizes
 from teratron.parallel.offload import home_of
+from teratron.parallel.spans import DATA, span
 from teratron.parallel.worker import PREEMPTED, connect, disconnect, take_restarts, telling, this_worker
 from teratron.train.device import check_memory, describe, keep_freed_memory, measure_peak, set_deterministic
 from teratron.train.engine import Engine, check_batch, micro_batches
@@ -357,7 +358,8 @@ class Trainer:
             self.optimizer.adopt(optim)
         number = step - self.state.skipped
         with self.tracer.tracing(step), self.watch.step() as lap:
-            batch = self.batch(step)
+            with span(DATA):
+                batch = self.batch(step)
             lap.got_data()
             part = self._probe(step) if _due(step, self.config.log.noise_scale) else None
             norms = Norms(self.optimizer, scale.scale) if _due(step, self.config.log.norms) else None
