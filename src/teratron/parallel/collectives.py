@@ -18,27 +18,26 @@ from teratron.parallel.mesh import Group, Pending
 
 def gather_sequence(x: Tensor, group: Group) -> Tensor:
     """The whole sequence [B, S, ...] from every rank's share [B, S / ranks, ...]."""
-    parts, pending = _start_gather(x, group)
+    whole, pending = _start_gather(x, group)
     pending.wait()
-    return _join(parts)
+    return whole
 
 
 def _start_gather(x: Tensor, group: Group) -> tuple[Tensor, Pending]:
-    """Every rank's share, [ranks, B, s, ...]."""
-    parts = x.new_empty(group.size, *x.shape)
-    return parts, group.gather(parts, x.contiguous())
-
-
-def _join(parts: Tensor) -> Tensor:
-    return parts.movedim(0, 1).flatten(1, 2)
+    whole = x.new_empty(x.shape[0], group.size * x.shape[1], *x.shape[2:])
+    return whole, group.gather(_by_rank(whole, group), x.contiguous())
 
 
 def _start_scatter_sum(x: Tensor, group: Group) -> tuple[Tensor, Pending]:
     """This rank's share of the sequence, summed over the ranks."""
-    batch, length = x.shape[:2]
-    parts = x.view(batch, group.size, length // group.size, *x.shape[2:]).movedim(1, 0).contiguous()
-    share = torch.empty_like(parts[0])
+    parts = _by_rank(x, group)
+    share = x.new_empty(parts.shape[1:])
     return share, group.scatter_sum(share, parts)
+
+
+def _by_rank(x: Tensor, group: Group) -> Tensor:
+    """The whole sequence [B, S, ...] seen as [ranks, B, S / ranks, ...]."""
+    return x.unflatten(1, (group.size, -1)).movedim(1, 0)
 
 
 class _Enter(torch.autograd.Function):
@@ -71,8 +70,8 @@ def _reduce(x: Tensor, group: Group, sequence: bool) -> Tensor:
     if sequence:
         share, pending = _start_scatter_sum(x, group)
     else:
-        share = x.clone(memory_format=torch.contiguous_format)
-        pending = group.sum(share)
+        share = torch.empty_like(x, memory_format=torch.contiguous_format)
+        pending = group.sum(x, share)
     pending.wait()
     return share
 
@@ -107,7 +106,7 @@ class _ColumnProduct(torch.autograd.Function):
             share, pending = _start_reduction(below, group, sequence, gathered)
         elif gathered is not None:
             gathered[1].wait()
-        whole = _join(gathered[0]) if gathered is not None else x
+        whole = gathered[0] if gathered is not None else x
         if waits:
             leaf.later.put_off(leaf, ctx.bias, slope, lambda: gather_sequence(x, group) if sequence else x)
         of_weight = leaf.products.of_weight(slope, whole) if needs_weight and not waits else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from teratron.config import ModelConfig, ParallelConfig, UserError
 from teratron.parallel.doing import TIMEOUT, Doing
+from teratron.parallel.host import Host, Line, Shared
+from teratron.parallel.meet import meet
 from teratron.parallel.spans import STARVED, WAIT, span
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
@@ -33,18 +35,27 @@ SPLIT = ("zb-h1", "zb-h2", "zbv", "dualpipev")
 
 _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 _scatter_sum: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+SHARED: dict[Any, Callable[..., Shared]] = {
+    (dist.all_reduce, None): Line.sum,
+    (dist.all_reduce, dist.ReduceOp.MAX): Line.max,
+    (_gather, None): Line.gather,
+    (_scatter_sum, None): Line.scatter_sum,
+}
+"""The collectives that have a way through shared memory."""
 
 
 class Pending:
     """A collective that is under way; `wait` before touching its tensors. Raises `Stall` where other ranks do not come in time."""
 
-    def __init__(self, *works: Any, group: Group | None = None, what: str = "") -> None:
-        self._works, self._group, self._what = works, group, what
+    def __init__(self, *works: Any, group: Group | None = None, what: str = "", after: Callable[[], Any] = lambda: None) -> None:
+        """after: what is left to do when it is over."""
+        self._works, self._group, self._what, self._after = works, group, what, after
 
     def wait(self) -> None:
         if self._works and self._group is not None:
             with span(STARVED if self._what.startswith("receive") else WAIT):
                 self._group.doing.wait(self._works, f"{self._what} {self._group.words}")
+            self._after()
         self._works = ()
 
 
@@ -59,6 +70,8 @@ class Group:
     axes: str = field(default="", compare=False)
     """Along which they lie, for people."""
     doing: Doing = field(default_factory=Doing, compare=False, repr=False)
+    line: Line | None = field(default=None, compare=False, repr=False)
+    """What tensors on the host take where all ranks are of one machine."""
 
     @property
     def size(self) -> int:
@@ -74,31 +87,46 @@ class Group:
         if self.size > 1:
             self.doing.enter(self.words)
 
-    def sum(self, x: Tensor) -> Pending:
-        """Add up in place over the ranks."""
-        return self._start(dist.all_reduce, x)
+    def sum(self, x: Tensor, out: Tensor | None = None) -> Pending:
+        """Add up over the ranks, in place or in `out`."""
+        if out is None:
+            return self._start(dist.all_reduce, x)
+        return self._start(dist.all_reduce, out, x) if self._shares(x) else self._start(dist.all_reduce, out.copy_(x))
 
     def max(self, x: Tensor) -> Pending:
         """The elementwise maximum, in place."""
         return self._start(dist.all_reduce, x, op=dist.ReduceOp.MAX)
 
     def gather(self, out: Tensor, x: Tensor) -> Pending:
-        """Every rank's contiguous x, one behind the other, in the contiguous `out` of `size` times as many elements."""
+        """Every rank's x, one behind the other along dimension 0 of `out`, which may have any strides."""
         if self.size == 1 and not _same_memory(out, x):
-            out.view(-1).copy_(x.reshape(-1))
-        return self._start(_gather, out.view(-1), x.view(-1))
+            out.copy_(x.reshape(out.shape))
+        if self._shares(x):
+            return self._start(_gather, out, x)
+        if out.is_contiguous():
+            return self._start(_gather, out.view(-1), x.reshape(-1))
+        whole = torch.empty_like(out, memory_format=torch.contiguous_format)
+        return self._start(_gather, whole.view(-1), x.reshape(-1), after=lambda: out.copy_(whole))
 
     def scatter_sum(self, out: Tensor, x: Tensor) -> Pending:
-        """The sum over the ranks of the rank-th of `size` equal pieces of the contiguous x, in `out`."""
+        """The sum over the ranks of the rank-th of `size` equal pieces of x along dimension 0, in the contiguous `out`."""
         if self.size == 1 and not _same_memory(out, x):
-            out.view(-1).copy_(x.reshape(-1))
-        return self._start(_scatter_sum, out.view(-1), x.view(-1))
+            out.copy_(x.reshape(out.shape))
+        return self._start(_scatter_sum, out, x) if self._shares(x) else self._start(_scatter_sum, out.view(-1), x.reshape(-1))
 
-    def _start(self, collective: Any, *tensors: Tensor | list[Tensor], **options: Any) -> Pending:
+    def _shares(self, x: Tensor) -> bool:
+        """Whether a tensor goes through shared memory."""
+        return self.line is not None and x.is_cpu
+
+    def _start(self, collective: Any, *tensors: Any, after: Callable[[], Any] = lambda: None, **options: Any) -> Pending:
         if self.size == 1:
             return Pending()
         what = self._count(collective.__name__, tensors[-1], "output_split_sizes" in options)
-        return Pending(collective(*tensors, group=self.handle, async_op=True, **options), group=self, what=what)
+        shared = SHARED.get((collective, options.get("op")))
+        if self.line is not None and shared is not None and self._shares(tensors[-1]):
+            # `.data`: autograd is told of what is written as little as by torch.distributed
+            return Pending(shared(self.line, f"{what} {self.words}", *(x.data for x in tensors)), group=self, what=what)
+        return Pending(collective(*tensors, group=self.handle, async_op=True, **options), group=self, what=what, after=after)
 
     def _count(self, name: str, x: Tensor | list[Tensor], uneven: bool = False) -> str:
         """Note a collective, of which every rank has to say the same; uneven: ranks bring different numbers of rows."""
@@ -161,12 +189,20 @@ class Mesh:
     """What this rank is at."""
     timeout: timedelta = TIMEOUT
     """How long its groups wait, but for that of all ranks, which `connect` has made."""
+    host: Host | None = field(default=None, init=False, repr=False)
+    """The ranks of this machine, where there are several."""
     _groups: dict[Any, Group] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.sizes = {axis: self.sizes.get(axis, 1) for axis in AXES}
+        self.host = self._meet()
         for axes in (*((axis,) for axis in AXES), *TOGETHER, AXES):
             self.group(*axes)
+
+    def _meet(self) -> Host | None:
+        if self.world == 1 or not dist.is_initialized():
+            return None
+        return meet(self.rank, Group(tuple(range(self.world)), self.rank, axes="all").gather_bytes, self.timeout)
 
     @property
     def world(self) -> int:
@@ -264,7 +300,9 @@ class Mesh:
                 apart = len(ranks) > 1 and (own or len(ranks) < self.world)
                 handle = dist.new_group(ranks, timeout=self.timeout) if apart else None
                 if self.rank in ranks:
-                    self._groups[key] = Group(tuple(ranks), ranks.index(self.rank), handle, " ".join(map(str, key)), self.doing)
+                    place = ranks.index(self.rank)
+                    line = None if self.host is None else self.host.line(ranks, place)
+                    self._groups[key] = Group(tuple(ranks), place, handle, " ".join(map(str, key)), self.doing, line)
         return self._groups[key]
 
 

@@ -30,6 +30,9 @@ STEADY = 48
 class PaperMesh(Mesh):
     """A mesh whose groups have places but no communicators: any number of ranks, in one process."""
 
+    def _meet(self) -> None:
+        """There is nobody."""
+
     def _lines(self, axes: tuple[str, ...]) -> Iterable[list[int]]:  # type: ignore[override]
         """Of all groups along some axes this rank's own, without counting out thousands of ranks."""
         strides, line = self._strides(), [self.rank]
