@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teratron.config import ModelConfig
 from teratron.models.leaves import Linear, Part, accurate
+from teratron.models.products import linear
 
 SUFFIXES = (".lora_a", ".lora_b", ".magnitude")
 """Of the names of an adapter's parts."""
@@ -58,13 +58,13 @@ class Adapter(nn.Module):
 
     def inner(self, x_BSI: Tensor) -> Tensor:
         """x A^T, [B, S, R]."""
-        return F.linear(x_BSI, self.a)
+        return linear(x_BSI, self.a)
 
     def added(self, y_BSO: Tensor, inner_BSR: Tensor) -> Tensor:
         """A product with what is added to it."""
         pieces = dict(zip(self.widths, y_BSO.split(list(self.widths.values()), dim=-1), strict=True))
         for name, inner, b in zip(self.names, (inner_BSR * self.scale).split(self.rank, dim=-1), self.b.split(self.rows), strict=True):
-            pieces[name] = pieces[name] + F.linear(inner, b)
+            pieces[name] = pieces[name] + linear(inner, b)
         return _side_by_side(pieces)
 
     def scaled(self, y_BSO: Tensor, weight_OI: Tensor, join: Callable[[Tensor], None] | None = None) -> Tensor:

@@ -15,8 +15,10 @@ from teratron.models.blockwise import Dropped, Encounter, Shape, blockwise, capp
 from teratron.models.flex import fits, flexible
 from teratron.models.leaves import accurate
 from teratron.models.positions import slopes
+from teratron.models.products import emulated
 from teratron.models.random import feature_keys, seed_of
 from teratron.models.sight import Sight
+from teratron.models.widened import widened_attention
 
 MOST_ROWS, MOST_ROWS_ELSEWHERE = 128, 2048
 """Queries of a tile at most, on CPU and on other devices."""
@@ -50,6 +52,8 @@ class AttentionCore(nn.Module):
         bias = self.bias(q_BNSD, columns, sight)
         mask = sight.mask(queries, columns, q_BNSD.device) if bias is None else bias
         causal = sight.causal and mask is None
+        if emulated(q_BNSD) and torch.is_grad_enabled():
+            return widened_attention(q_BNSD, k_BKTD, v_BKTD, mask, causal)
         return F.scaled_dot_product_attention(q_BNSD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
     def plain(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, sight: Sight, keys: Tensor | None) -> Tensor:

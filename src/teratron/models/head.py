@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teratron.models.blockwise import capped
 from teratron.models.leaves import Leaf, Part, accurate
+from teratron.models.products import emulated, linear
 
 CHUNK_LOGITS = 2**22
 """Logits of one chunk (rows times vocabulary): 16 MiB in float32."""
@@ -60,7 +60,7 @@ class LanguageHead(Leaf):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden [..., H], padding cut off."""
-        return capped(F.linear(hidden, self.weight, self.bias)[..., : self.vocabulary.count], self.cap)
+        return capped(linear(hidden, self.weight, self.bias)[..., : self.vocabulary.count], self.cap)
 
     def loss_sum(self, hidden: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0, most: int = 0) -> Tensor:
         """Sum over tokens of weight * cross-entropy; hidden [B, S, H], targets and weights [B, S]. A scalar.
@@ -105,6 +105,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         smoothing: float,
         cap: float,
     ) -> Tensor:
+        ctx.dtype = hidden_TH.dtype
+        if emulated(hidden_TH):  # from here on as float32, rounded at the end
+            hidden_TH, weight_VH = hidden_TH.float(), weight_VH.float()
         needs_gradient, needs_weight = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[1]
         exact = accurate(hidden_TH.dtype)
         half = exact != hidden_TH.dtype
@@ -142,9 +145,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         # In half types the factor may be a large loss scale: multiply what is kept accurately before it is rounded.
-        factor, dtype = upstream[0], grad_hidden.dtype
+        factor, dtype = upstream[0], ctx.dtype
         of_weight, of_bias = (None if g is None else g.mul_(factor.to(g.dtype)).to(dtype) for g in (grad_weight, grad_bias))
-        return grad_hidden.mul_(factor.to(accurate(dtype))), of_weight, of_bias, None, None, None, None, None
+        return grad_hidden.mul_(factor.to(accurate(dtype))).to(dtype), of_weight, of_bias, None, None, None, None, None
 
 
 def _losses(logits: Tensor, targets: Tensor, weights: Tensor, vocabulary: Vocabulary, smoothing: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teratron.models.products import EXACT, Later, Products, product
+from teratron.models.products import EXACT, Later, Products, linear
 from teratron.models.random import feature_keys, keep_mask, seed_of
 
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ class Linear(Leaf):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.adapter is None:
-            return product(x, self, self.bias)
-        return self.adapted(product(x, self, None), self.adapter.inner(x), self.adapter)
+            return linear(x, self.weight, self.bias, self)
+        return self.adapted(linear(x, self.weight, None, self), self.adapter.inner(x), self.adapter)
 
     def adapted(self, y: Tensor, inner: Tensor, adapter: Adapter) -> Tensor:
         """What the leaf gives, from its own product and the adapter's first one."""

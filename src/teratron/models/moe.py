@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from teratron.config import ModelConfig
 from teratron.models.feed_forward import FeedForward, activate, gated
 from teratron.models.leaves import Leaf, Part, accurate
+from teratron.models.products import linear
 
 ROWS_ALIGNED = 8
 """Grouped products on CUDA want each group's rows of half types to begin at multiples of 16 bytes."""
@@ -254,7 +255,7 @@ class Experts(Leaf):
 def looped_product(x_RI: Tensor, weight_EOI: Tensor, ends: Sequence[int]) -> Tensor:
     """Each group of rows times its expert's matrix, one after the other; zeros behind the last group. Returns [R, O]."""
     # unbind, because each index of its own would have a gradient as large as all experts together
-    pieces = [x_RI[start:end] @ w.t() for start, end, w in zip([0, *ends], ends, weight_EOI.unbind(), strict=False)]
+    pieces = [linear(x_RI[start:end], w) for start, end, w in zip([0, *ends], ends, weight_EOI.unbind(), strict=False)]
     return torch.cat([*pieces, x_RI.new_zeros(x_RI.shape[0] - ends[-1], weight_EOI.shape[1])])
 
 

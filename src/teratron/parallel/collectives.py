@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from teratron.models.leaves import Linear
+from teratron.models.products import EXACT
 from teratron.parallel.mesh import Group, Pending
 
 
@@ -90,7 +90,7 @@ class _ColumnProduct(torch.autograd.Function):
         ctx.group, ctx.sequence = group, sequence
         ctx.weight, ctx.bias, ctx.a, ctx.leaf = weight, bias, a, leaf
         whole = gather_sequence(x, group) if sequence else x
-        return leaf.products.forward(whole, weight, bias), None if a is None else F.linear(whole, a)
+        return leaf.products.forward(whole, weight, bias), None if a is None else EXACT.forward(whole, a, None)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,7 +102,7 @@ class _ColumnProduct(torch.autograd.Function):
         share, pending = None, None
         if needs_x:
             below = leaf.products.of_inputs(slope, ctx.weight)
-            below = below if ctx.a is None else below + of_inner @ ctx.a
+            below = below if ctx.a is None else below + EXACT.of_inputs(of_inner, ctx.a)
             share, pending = _start_reduction(below, group, sequence, gathered)
         elif gathered is not None:
             gathered[1].wait()
@@ -111,7 +111,7 @@ class _ColumnProduct(torch.autograd.Function):
             leaf.later.put_off(leaf, ctx.bias, slope, lambda: gather_sequence(x, group) if sequence else x)
         of_weight = leaf.products.of_weight(slope, whole) if needs_weight and not waits else None
         of_bias = slope.flatten(0, -2).sum(0) if needs_bias and not waits else None
-        of_a = of_inner.flatten(0, -2).t() @ whole.flatten(0, -2) if needs_a else None
+        of_a = EXACT.of_weight(of_inner, whole) if needs_a else None
         if pending is not None:
             pending.wait()
         return share, of_weight, of_bias, of_a, None, None, None

@@ -13,7 +13,7 @@ from teratron.models.head import LanguageHead, Vocabulary
 from teratron.models.latent import Spread
 from teratron.models.leaves import Dropout, Embedding, Linear, Part
 from teratron.models.positions import Waves
-from teratron.models.products import product
+from teratron.models.products import linear
 from teratron.parallel.collectives import column_product, enter, leave
 from teratron.parallel.mesh import Group, Pending
 
@@ -42,7 +42,7 @@ class RowLinear(Linear):
         self.adapter = leaf.adapter and leaf.adapter.cut(pieces[0].size[1], leaf.widths)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = product(x, self, None)
+        y = linear(x, self.weight, None, self)
         if self.adapter is not None:
             y = self.adapter.added(y, self.adapter.inner(x))
         y = leave(y, self.group, self.sequence)
@@ -125,7 +125,7 @@ class VocabularyHead(LanguageHead):
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [B, S, V] over the whole vocabulary, joined from all ranks: for generation, without gradients."""
         with torch.no_grad():
-            mine = capped(F.linear(enter(hidden, self.group, self.sequence), self.weight, self.bias), self.cap)
+            mine = capped(linear(enter(hidden, self.group, self.sequence), self.weight, self.bias), self.cap)
             everyone = mine.new_empty(self.group.size, *mine.shape)
             self.group.gather(everyone, mine.contiguous()).wait()
         total, ranks = self.vocabulary.total, self.group.size

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from teratron.config import Config, UserError
 from teratron.models import Model
 from teratron.models.blocks import Block
+from teratron.models.products import emulated
 from teratron.optim import OPTIMIZERS
 from teratron.optim.groups import treatment_of
 from teratron.parallel.device import DTYPES
@@ -44,11 +45,12 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 2**30)
 
 
-def describe(device: torch.device) -> str:
-    """The device in words, such as `cpu: AMD EPYC, 2 threads`."""
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """The device in words, such as `cpu: AMD EPYC, 2 threads`, and whether it widens numbers of the run's type."""
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
-    return f"cpu: {_processor()}, {torch.get_num_threads()} threads"
+    widened = ", which multiplies them as float32" if emulated(torch.empty(0, dtype=dtype)) else ""
+    return f"cpu: {_processor()}, {torch.get_num_threads()} threads{widened}"
 
 
 def _processor() -> str:
@@ -127,9 +129,13 @@ def compile_blocks(model: Model, device: torch.device) -> None:
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product here: the best of several, about 0.3 s in all."""
+    """Floating-point operations a second of a large matrix product here: the best of several, about 0.3 s in all.
+
+    Types that are widened have the peak of float32.
+    """
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    a, b = (x.float() if emulated(x) else x for x in (a, b))
     best, deadline = float("inf"), time.perf_counter() + 0.25
     for attempt in range(50):
         start = time.perf_counter()

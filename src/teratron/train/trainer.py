@@ -453,8 +453,8 @@ class Trainer:
 
     def _announce(self, metrics: Metrics | Silence) -> None:
         """Measure the machine, and say and note what will be trained on it."""
-        precision, place = self.config.train.precision, describe(self.device)
-        self.peak_flops = measure_peak(self.device, DTYPES[precision])
+        precision, dtype = self.config.train.precision, DTYPES[self.config.train.precision]
+        place, self.peak_flops = describe(self.device, dtype), measure_peak(self.device, dtype)
         whole = build_model(self.config.model, device="meta")
         predicted = self.engine.objective.needs.predicted
         self.flops_per_token = flops_per_token(whole, self.config.model.seq_length, predicted)

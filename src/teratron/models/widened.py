@@ -1,0 +1,58 @@
+"""Dense attention of half types where products of these are only emulated: PyTorch's fused CPU kernel in float32.
+
+Its backward pass in bfloat16 takes six times as long there. What is kept for backward stays in the half type. Shape letters: `leaves.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+
+def widened_attention(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(d) + mask) v, [B, N, S, D]; mask broadcasts to [B, N, S, T], boolean or what is added."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q_BNSD.dtype).masked_fill_(~mask, -math.inf)
+    return _run(q_BNSD, k_BKTD, v_BKTD, mask, causal)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    kernel = torch._fused_sdp_choice(q, k, v, mask, 0.0, causal, enable_gqa=True)
+    if kernel == SDPBackend.FLASH_ATTENTION.value:
+        made: Tensor = _Widened.apply(q, k, v, mask, causal)
+        return made
+    wide, bias = _widened(q, k, v), None if mask is None else mask.float()
+    return F.scaled_dot_product_attention(*wide, attn_mask=bias, is_causal=causal).to(q.dtype)
+
+
+class _Widened(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        bias, attend = None if mask is None else mask.float(), torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, log_sum = attend(*_widened(q, k, v), 0.0, causal, attn_mask=bias)
+        made: Tensor = out.to(q.dtype)
+        ctx.causal = causal
+        ctx.save_for_backward(q, k, v, mask, made, log_sum)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, made, log_sum = ctx.saved_tensors
+        bias, attend = None if mask is None else mask.float(), torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        kept = *_widened(q, k, v), made.float(), log_sum
+        slopes = attend(upstream[0].float(), *kept, 0.0, ctx.causal, attn_mask=bias)
+        of_q, of_k, of_v = (slope.unflatten(1, (x.shape[1], -1)).sum(2).to(x.dtype) for slope, x in zip(slopes, (q, k, v), strict=True))
+        return of_q, of_k, of_v, None, None
+
+
+def _widened(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In float32, keys and values as often as heads share them."""
+    share = q_BNSD.shape[1] // k_BKTD.shape[1]
+    k, v = (x.float() if share == 1 else x.float().repeat_interleave(share, dim=1) for x in (k_BKTD, v_BKTD))
+    return q_BNSD.float(), k, v
