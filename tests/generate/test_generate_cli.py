@@ -56,6 +56,26 @@ def test_complete_text_is_the_streamed_text(capsys: pytest.CaptureFixture[str]) 
     assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
 
 
+@pytest.mark.parametrize("options", [["--lookup", "4"], ["--draft", "small", "--draft-tokens", "3"]], ids=" ".join)
+def test_guesses_ahead_leave_the_text(loaded: LoadedModel, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    assert main(["generate", "run", "Hi", "--max-new-tokens", "20", *options]) == 0
+    assert capsys.readouterr().out == f"Hi{continued(loaded, 'Hi')}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lookup", "4", "--draft", "small"], "lookup = 4 and draft small are both given: keep one"),
+        (["--draft-tokens", "4"], "draft_tokens = 4 needs draft"),
+        (["--lookup", "4", "--beams", "2"], "leave lookup and draft out"),
+    ],
+    ids=str,
+)
+def test_guesses_that_contradict_are_refused(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    assert main(["generate", "run", "Hi", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_contrastive_search(loaded: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", "run", "Hi", "--max-new-tokens", "20", "--contrastive-k", "5", "--contrastive-alpha", "0.4"]
     assert main(command) == main([*command, "--no-stream"]) == 0

@@ -77,6 +77,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", type=text, default=[], metavar="TEXT", help="end a continuation before this text; may be repeated"
     )
     parser.add_argument("--tokenizer", metavar="T", help="tokenizer file, folder or `bytes`, instead of the model's own")
+    parser.add_argument(
+        "--lookup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="guess N tokens at a time from the text itself: the same text, sooner (default: 0)",
+    )
+    parser.add_argument("--draft", metavar="MODEL", help="a small model of the same tokenizer that guesses tokens: the same text, sooner")
+    parser.add_argument("--draft-tokens", type=int, metavar="N", help="tokens that it guesses at a time (default: 4)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add_nproc(parser, " that share the model")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="numbers of weights and activations (default: fp32; fp64 as trained)")
@@ -97,16 +106,18 @@ def run(args: argparse.Namespace) -> int:
     leads = worker is None or worker.rank == 0
     prompts = list(_prompts(args)) if leads else []
     from teratron.generate import Request, open_source
-    from teratron.generate.api import chosen_by, constraint_of
+    from teratron.generate.api import Ways, chosen_by, constraint_of, guessed_by
     from teratron.generate.ranks import joined
 
-    drawn = args.temperature, args.top_k, args.top_p, args.seed
-    searched = args.contrastive_k, args.contrastive_alpha, args.beams, args.length_penalty, args.early_stopping
+    how = chosen_by(Ways(**{name: getattr(args, name) for name in Ways.__annotations__}))  # type: ignore[typeddict-item]
     constraint = constraint_of(args.choice, args.regex, schema)
-    request = Request(chosen_by(*drawn, *searched), args.max_new_tokens, tuple(args.stop), args.samples, args.batch, constraint)
     with joined(worker, args.device) as (mesh, device), _silent(not leads):
         prompts = json.loads(mesh.all.gather_bytes(json.dumps(prompts).encode())[0])
-        loaded = open_source(args.source, device, args.precision, args.tokenizer, mesh)
+        opening = device, args.precision, args.tokenizer, mesh
+        loaded = open_source(args.source, *opening)
+        draft = open_source(args.draft, *opening) if args.draft is not None else None
+        ahead = guessed_by(args.lookup, draft, args.draft_tokens)
+        request = Request(how, args.max_new_tokens, tuple(args.stop), args.samples, args.batch, constraint, ahead)
         if len(prompts) == request.samples == 1 and not (args.output or args.no_stream or args.beams):
             _stream(loaded, prompts[0], request)
         else:

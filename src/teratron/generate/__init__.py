@@ -1,4 +1,4 @@
-"""Generation: key-value cache, samplers and searches, guides, and text as it comes."""
+"""Generation: key-value caches, samplers and searches, guesses ahead, guides, and text as it comes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from teratron.generate.engine import TokenStream
 from teratron.generate.grammar import JsonSchema, Regex
 from teratron.generate.guides import Choices
 from teratron.generate.sampler import Sampling
+from teratron.generate.speculate import Draft, LookUp, ModelGuesser, SpeculativeStream, TextGuesser
 
 __all__ = [
     "AnswerDecoder",
@@ -24,11 +25,16 @@ __all__ = [
     "ContrastiveSearch",
     "ContrastiveStream",
     "Decoder",
+    "Draft",
     "Generator",
     "JsonSchema",
+    "LookUp",
+    "ModelGuesser",
     "Regex",
     "Request",
     "Sampling",
+    "SpeculativeStream",
+    "TextGuesser",
     "TextStream",
     "TokenStream",
     "complete",

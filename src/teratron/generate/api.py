@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 
@@ -16,6 +16,7 @@ from teratron.generate.contrastive import ContrastiveSearch
 from teratron.generate.grammar import JsonSchema, Regex
 from teratron.generate.guides import Choices, Constraint
 from teratron.generate.sampler import Sampling
+from teratron.generate.speculate import Draft, LookUp
 from teratron.parallel.device import DTYPES, choose_device
 from teratron.parallel.mesh import Mesh
 
@@ -25,27 +26,41 @@ if TYPE_CHECKING:
 PRECISIONS = {name: DTYPES[name] for name in ("fp32", "bf16")}
 
 
+class Ways(TypedDict, total=False):
+    """The options that say how tokens are chosen."""
+
+    temperature: float
+    """As of `Sampling`, as are the next three; 0 is greedy."""
+    top_k: int
+    top_p: float
+    seed: int
+    contrastive_k: int
+    """In place of those, contrastive search: see `ContrastiveSearch.k`; 0 = none."""
+    contrastive_alpha: float | None
+    """None = 0.6."""
+    beams: int
+    """In place of those, beam search: see `BeamSearch`, as of the next two; 0 = none."""
+    length_penalty: float | None
+    """None = 1."""
+    early_stopping: bool
+
+
 def generate(
     source: str | Path | LoadedModel,
     prompts: str | Sequence[str],
     *,
     max_new_tokens: int | None = None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    contrastive_k: int = 0,
-    contrastive_alpha: float | None = None,
-    beams: int = 0,
-    length_penalty: float | None = None,
-    early_stopping: bool = False,
     choices: Sequence[str] = (),
     regex: str | None = None,
     json_schema: str | Mapping[str, Any] | None = None,
     stop: str | Sequence[str] = (),
+    lookup: int = 0,
+    draft: str | Path | LoadedModel | None = None,
+    draft_tokens: int | None = None,
     batch: int = 16,
     device: str = "auto",
     precision: str | None = None,
+    **ways: Unpack[Ways],
 ) -> str | list[str]:
     """Continue a prompt, or several; returns the new text, or a list of texts in the prompts' order.
 
@@ -54,25 +69,27 @@ def generate(
     Args:
         source: a run, checkpoint or Hugging Face folder, or an opened model (which stays on its device, in its precision).
         max_new_tokens: None = 100, or fewer where the model's positions end.
-        temperature, top_k, top_p, seed: see `Sampling`; temperature 0 is greedy.
-        contrastive_k, contrastive_alpha: in place of those, contrastive search: see `ContrastiveSearch`; None = 0.6.
-        beams, length_penalty, early_stopping: in place of those, beam search: see `BeamSearch`; None = 1.
         choices, regex, json_schema: the new text is one of these texts, matches this expression, or is JSON of this schema.
         stop: a text, or several, that ends a continuation; it is cut off.
+        lookup: tokens guessed at a time from the text itself; 0 = none. The text stays what it is.
+        draft, draft_tokens: a small model that guesses instead, of the same tokenizer; None = 4 tokens at a time.
         batch: continuations made at the same time, beams counted each.
         device: auto, cpu or cuda. precision: fp32, bf16, or None = as trained, halves in float32.
+        ways: how tokens are chosen, see `Ways`.
 
     Raises `UserError` for what cannot be opened, impossible values, and prompts that do not fit the model's positions.
     """
-    how = chosen_by(temperature, top_k, top_p, seed, contrastive_k, contrastive_alpha, beams, length_penalty, early_stopping)
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    request = Request(how, max_new_tokens, stops, batch=batch, constraint=constraint_of(choices, regex, json_schema))
+    how, constraint = chosen_by(ways), constraint_of(choices, regex, json_schema)
     if isinstance(source, (str, Path)):
         loaded = open_source(source, device, precision)
     elif (device, precision) == ("auto", None):
         loaded = source
     else:
         raise UserError(f"device = {device}, precision = {precision}: {source.name} is open already; give both to `open_model`")
+    drafter = open_source(draft, device, precision) if isinstance(draft, (str, Path)) else draft
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    ahead = guessed_by(lookup, drafter, draft_tokens)
+    request = Request(how, max_new_tokens, stops, batch=batch, constraint=constraint, ahead=ahead)
     several = [prompts] if isinstance(prompts, str) else list(prompts)
     texts = [completion.text for completion in complete(loaded, several, request)]
     return texts[0] if isinstance(prompts, str) else texts
@@ -102,35 +119,38 @@ def open_source(
     return dataclasses.replace(loaded, tokenizer=load_tokenizer(tokenizer))
 
 
-def chosen_by(
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    contrastive_k: int = 0,
-    contrastive_alpha: float | None = None,
-    beams: int = 0,
-    length_penalty: float | None = None,
-    early_stopping: bool = False,
-) -> Sampling | ContrastiveSearch | BeamSearch:
-    """How tokens are chosen by the options of these names. Raises `UserError` for those that contradict each other."""
-    if contrastive_alpha is not None and not contrastive_k:
-        raise UserError(f"contrastive_alpha = {contrastive_alpha} needs contrastive_k: give that, too, such as 4")
-    if (length_penalty is not None or early_stopping) and not beams:
-        given = "early_stopping" if length_penalty is None else f"length_penalty = {length_penalty}"
+def chosen_by(ways: Ways) -> Sampling | ContrastiveSearch | BeamSearch:
+    """How tokens are chosen by these options. Raises `UserError` for those that contradict each other."""
+    contrastive_k, beams = ways.get("contrastive_k", 0), ways.get("beams", 0)
+    alpha, penalty, early = ways.get("contrastive_alpha"), ways.get("length_penalty"), ways.get("early_stopping", False)
+    if alpha is not None and not contrastive_k:
+        raise UserError(f"contrastive_alpha = {alpha} needs contrastive_k: give that, too, such as 4")
+    if (penalty is not None or early) and not beams:
+        given = "early_stopping" if penalty is None else f"length_penalty = {penalty}"
         raise UserError(f"{given} needs beams: give that, too, such as 4")
-    search = {"contrastive_k": contrastive_k, "beams": beams}
-    name, value = next(((name, value) for name, value in search.items() if value), ("", 0))
-    if not name:
-        return Sampling(temperature, top_k, top_p, seed)
-    other = beams if name != "beams" else 0
-    for key, found, default in (("temperature", temperature, 1.0), ("top_k", top_k, 0), ("top_p", top_p, 1.0), ("beams", other, 0)):
-        if found != default:
-            draws = "which draws nothing at random" if key != "beams" else "another way to search"
-            raise UserError(f"{key} = {found} with {name} = {value}, {draws}: leave one of them out")
-    if name == "contrastive_k":
-        return ContrastiveSearch(contrastive_k) if contrastive_alpha is None else ContrastiveSearch(contrastive_k, contrastive_alpha)
-    return BeamSearch(beams, 1.0 if length_penalty is None else length_penalty, early_stopping)
+    drawn = {name: value for name, value in ways.items() if name in Sampling.__dataclass_fields__}
+    if not (contrastive_k or beams):
+        return Sampling(**drawn)  # type: ignore[arg-type]
+    search = f"contrastive_k = {contrastive_k}" if contrastive_k else f"beams = {beams}"
+    for name, value in drawn.items():
+        if name != "seed" and value != getattr(Sampling, name):
+            raise UserError(f"{name} = {value} with {search}, which draws nothing at random: leave one of them out")
+    if contrastive_k and beams:
+        raise UserError(f"beams = {beams} with {search}, another way to search: leave one of them out")
+    if contrastive_k:
+        return ContrastiveSearch(contrastive_k) if alpha is None else ContrastiveSearch(contrastive_k, alpha)
+    return BeamSearch(beams, 1.0 if penalty is None else penalty, early)
+
+
+def guessed_by(lookup: int, draft: LoadedModel | None, draft_tokens: int | None) -> LookUp | Draft | None:
+    """Who guesses tokens ahead, by the options of these names. Raises `UserError` for both."""
+    if draft is None:
+        if draft_tokens is not None:
+            raise UserError(f"draft_tokens = {draft_tokens} needs draft: give a small model of the same tokenizer, too")
+        return LookUp(lookup) if lookup else None
+    if lookup:
+        raise UserError(f"lookup = {lookup} and draft {draft.name} are both given: keep one")
+    return Draft(draft) if draft_tokens is None else Draft(draft, draft_tokens)
 
 
 def constraint_of(choices: Sequence[str], regex: str | None, json_schema: str | Mapping[str, Any] | None) -> Constraint | None:

@@ -1,4 +1,4 @@
-"""The key-value cache: memory of the tokens seen so far; layers with a window keep no more than what later tokens see."""
+"""Key-value caches: memory of the tokens seen so far, which grows or has a fixed place for every token."""
 
 from __future__ import annotations
 
@@ -12,16 +12,38 @@ from teratron.models.patterns import Pattern
 from teratron.models.sight import Sight
 
 
-class KVCache:
-    """Keys and values of every layer; a `models.units.Cache`. In a forward pass every layer gets the same tokens once."""
+class Held:
+    """What layers hold of a batch."""
 
-    def __init__(self, capacity: int) -> None:
-        """capacity: tokens in all, for which layers without a window have room from the beginning."""
-        self.capacity = capacity
+    def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         """[B, K, room, D] each."""
         self.memories: dict[int, tuple[Tensor, Tensor]] = {}
         """Of an encoder's memory, [B, K, T, D] each."""
+
+    def memory(self, layer: int, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder's memory, which never change: made once a layer."""
+        if layer not in self.memories:
+            self.memories[layer] = make()
+        return self.memories[layer]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch (int64 [B'], each any number of times), freeing the others' memory layer by layer."""
+        for held in (self.layers, self.memories):
+            for layer, (keys, values) in held.items():
+                held[layer] = keys[rows], values[rows]
+
+
+class KVCache(Held):
+    """A `models.units.Cache` that grows; layers with a window keep no more than what later tokens see.
+
+    In a forward pass every layer gets the same tokens once.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """capacity: tokens in all, for which layers without a window have room from the beginning."""
+        super().__init__()
+        self.capacity = capacity
         self._columns: dict[Pattern, _Columns] = {}
 
     def append(self, layer: int, k_BKSD: Tensor, v_BKSD: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Sight]:
@@ -33,19 +55,51 @@ class KVCache:
         keys, values = (columns.add(*pair) for pair in zip(self.layers[layer], (k_BKSD, v_BKSD), strict=True))
         return keys, values, columns.sight
 
-    def memory(self, layer: int, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Keys and values of the encoder's memory, which never change: made once a layer."""
-        if layer not in self.memories:
-            self.memories[layer] = make()
-        return self.memories[layer]
-
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch (int64 [B'], each any number of times), freeing the others' memory layer by layer."""
         for columns in self._columns.values():
             columns.places = columns.places[rows]
-        for held in (self.layers, self.memories):
-            for layer, (keys, values) in held.items():
-                held[layer] = keys[rows], values[rows]
+        super().keep(rows)
+
+
+class FixedCache(Held):
+    """A `models.units.Cache` with a column for every token from the beginning, so that tokens may come again in place of others.
+
+    What is behind a row's newest token needs no clearing: it is later than all that look.
+    """
+
+    def __init__(self, capacity: int, padding_B: Tensor) -> None:
+        """capacity: columns. padding_B: those of each row that come before its first token, int64."""
+        super().__init__()
+        self.capacity, self.padding_B1 = capacity, padding_B[:, None]
+        self.used = capacity
+        """Columns that are looked at."""
+        self._seen: dict[Pattern, tuple[Sight, Sight]] = {}
+        """For each pattern the sight that came last, and what it became."""
+
+    def append(self, layer: int, k_BKSD: Tensor, v_BKSD: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Sight]:
+        """Write tokens where their places (`sight.order`) are; return the keys and values [B, K, T, D] that they may see, and which."""
+        first = layer not in self.layers
+        if first:
+            self.layers[layer] = tuple(x.new_zeros(*x.shape[:2], self.capacity, x.shape[3]) for x in (k_BKSD, v_BKSD))  # type: ignore[assignment]
+        columns = torch.arange(k_BKSD.shape[2], device=k_BKSD.device)[None] if sight.order is None else sight.order + self.padding_B1
+        held = self.layers[layer]
+        for room, new in zip(held, (k_BKSD, v_BKSD), strict=True):
+            room.scatter_(2, columns[:, None, :, None].expand_as(new), new)
+        if first:
+            return k_BKSD, v_BKSD, sight if sight.order is None else replace(sight, key_order=sight.order, _made={})
+        return held[0][:, :, : self.used], held[1][:, :, : self.used], self._sight(sight)
+
+    def _sight(self, sight: Sight) -> Sight:
+        came, becomes = self._seen.get(sight.pattern, (None, None))
+        if came is not sight or becomes is None:
+            places = torch.arange(self.used, device=self.padding_B1.device) - self.padding_B1
+            becomes = replace(sight, key_order=places, _made={})
+            self._seen[sight.pattern] = sight, becomes
+        return becomes
+
+    def keep(self, rows: Tensor) -> None:
+        self.padding_B1 = self.padding_B1[rows]
+        super().keep(rows)
 
 
 class _Columns:

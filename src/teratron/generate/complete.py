@@ -16,6 +16,7 @@ from teratron.generate.engine import TokenStream
 from teratron.generate.frame import frame_of
 from teratron.generate.guides import Constraint
 from teratron.generate.sampler import Sampling
+from teratron.generate.speculate import Draft, Guesser, LookUp, ModelGuesser, SpeculativeStream, TextGuesser
 from teratron.generate.text import Continuation
 from teratron.models import EncoderDecoder
 
@@ -55,6 +56,8 @@ class Request:
     """Continuations made at the same time, beams counted each."""
     constraint: Constraint | None = None
     """What every continuation must be."""
+    ahead: LookUp | Draft | None = None
+    """Who guesses tokens ahead, which changes the speed alone."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch"):
@@ -64,6 +67,8 @@ class Request:
             raise UserError(f"samples = {self.samples}: contrastive search draws nothing, so all would be alike: leave samples out")
         if isinstance(self.sampling, BeamSearch) and self.samples > self.sampling.beams:
             raise UserError(f"samples = {self.samples} of beams = {self.sampling.beams}, which find no more: ask for more beams")
+        if self.ahead is not None and not isinstance(self.sampling, Sampling):
+            raise UserError("beam and contrastive search look at several tokens anyway: leave lookup and draft out")
         if "" in self.stop:
             raise UserError("stop = '': expected a text of at least one character")
 
@@ -97,6 +102,11 @@ class Generator:
         how, constraint = request.sampling, request.constraint
         if isinstance(how, ContrastiveSearch) and self.frame.start is not None:
             raise UserError(f"contrastive_k = {how.k}: an encoder-decoder has no contrastive search: leave it out")
+        if request.ahead is not None and self.frame.start is not None:
+            raise UserError("an encoder-decoder's tokens are not guessed ahead: leave lookup and draft out")
+        self.draft = request.ahead.loaded if isinstance(request.ahead, Draft) else None
+        if self.draft is not None and tokenizer_of(self.draft).fingerprint != self.frame.tokenizer.fingerprint:
+            raise UserError(f"draft {self.draft.name}: another tokenizer than {loaded.name} has; use a model of the same one")
         self.vocab = min(self.frame.tokenizer.vocab_size, loaded.config.vocab_size)
         self.guide = None if constraint is None else constraint.guide(self.frame.tokenizer, self.frame.ends, self.vocab)
 
@@ -106,7 +116,9 @@ class Generator:
         for number, prompt in enumerate(prompts, 1):
             try:
                 encoded.append(self.frame.read(prompt) if isinstance(prompt, str) else list(prompt))
-                room_for(encoded[-1], self.loaded.config, self.request.max_new_tokens)
+                room = room_for(encoded[-1], self.loaded.config, self.request.max_new_tokens)
+                if self.draft is not None:
+                    _fits(encoded[-1], room, self.draft)
             except UserError as error:
                 where = f"prompt {number} of {len(prompts)}: " if len(prompts) > 1 else ""
                 raise UserError(f"{where}{error}") from None
@@ -125,13 +137,24 @@ class Generator:
 
     def stream(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> TextStream:
         """The text of one batch as it comes. Beam search knows none before its end."""
-        decoder, how, ends = self._decoder(prompts), self.request.sampling, self.frame.ends
+        request, decoder = self.request, self._decoder(prompts)
+        how, ends = request.sampling, self.frame.ends
         if isinstance(how, BeamSearch):
             raise ValueError("beam search knows no text before its end")
         guides = None if self.guide is None else [self.guide] * len(prompts)
         if isinstance(how, ContrastiveSearch):
             return TextStream(ContrastiveStream(decoder, how, ends, guides), self._begun(prompts))
-        return TextStream(TokenStream(decoder, how, ends, seeds, guides), self._begun(prompts))
+        if request.ahead is None:
+            return TextStream(TokenStream(decoder, how, ends, seeds, guides), self._begun(prompts))
+        guesser, most = self._guesser(decoder, how, seeds), request.ahead.tokens
+        return TextStream(SpeculativeStream(decoder, guesser, most, how, ends, seeds, guides), self._begun(prompts))
+
+    def _guesser(self, decoder: Decoder, how: Sampling, seeds: Sequence[int]) -> Guesser:
+        if self.draft is None:
+            return TextGuesser(len(decoder.prompts))
+        both_sides = frame_of(self.draft.config.family, self.draft.objective, self.frame.tokenizer).both_sides
+        drafter = Decoder(self.draft.model, decoder.prompts, 1, self.vocab, both_sides, rewinds=True)
+        return ModelGuesser(drafter, decoder.limits, how, seeds)
 
     def _batch(self, jobs: Sequence[tuple[str, list[int], int]]) -> Iterator[Completion]:
         stream = self.stream([ids for _, ids, _ in jobs], [seed for _, _, seed in jobs])
@@ -153,7 +176,7 @@ class Generator:
         model, frame, limit = self.loaded.model, self.frame, self.request.max_new_tokens
         if isinstance(model, EncoderDecoder) and frame.start is not None:
             return AnswerDecoder(model, prompts, frame.start, limit, self.vocab)
-        return Decoder(model, prompts, limit, self.vocab, frame.both_sides)
+        return Decoder(model, prompts, limit, self.vocab, frame.both_sides, rewinds=self.request.ahead is not None)
 
     def _begun(self, prompts: Sequence[list[int]]) -> list[Continuation]:
         """A text goes on from its prompt, an answer begins anew."""
@@ -174,11 +197,21 @@ class TextStream:
         for step in self.tokens:
             pieces = []
             for row, token in step:
+                if self.rows[row].stopped:  # within a step of several tokens
+                    continue
                 pieces.append((row, self.rows[row].push(token)))
                 if self.rows[row].stopped:
                     self.tokens.stop(row)
             yield pieces
         yield [(index, row.finish()) for index, row in enumerate(self.rows)]
+
+
+def _fits(prompt: Sequence[int], new: int, draft: LoadedModel) -> None:
+    """Raises `UserError` where a draft model has no positions for what the large one writes."""
+    try:
+        room_for(prompt, draft.config, new)
+    except UserError as error:
+        raise UserError(f"draft {draft.name}: {error}") from None
 
 
 def tokenizer_of(loaded: LoadedModel) -> Tokenizer:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from teratron.config import ModelConfig, UserError
-from teratron.generate.cache import KVCache
+from teratron.generate.cache import FixedCache, KVCache
 from teratron.models import GPT, EncoderDecoder
 
 DEFAULT_NEW_TOKENS = 100
@@ -48,7 +48,8 @@ def room_for(prompt: Sequence[int], config: ModelConfig, max_new_tokens: int | N
 class Decoder:
     """Rows of one batch; call `prefill` once, then `feed` for each new token.
 
-    A row's hidden states do not depend on the other rows, up to rounding in the model's matrix products.
+    With `rewinds` tokens may come in place of others: see `put`. A row's hidden states do not depend on the other rows, up to rounding in
+    the model's matrix products.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Decoder:
         max_new_tokens: int | None = None,
         vocab: int | None = None,
         both_sides: bool = False,
+        rewinds: bool = False,
     ) -> None:
         """A decoder of a `GPT`; for an encoder-decoder see `AnswerDecoder`.
 
@@ -66,6 +68,7 @@ class Decoder:
             max_new_tokens: see `room_for`; `limits` has what each row gets.
             vocab: ids at or above it have no logits; None = the model's vocabulary.
             both_sides: every token of a prompt sees all of it, as in prefix language modelling.
+            rewinds: tokens may be fed in place of others; every layer then has room for all tokens, also one with a window.
 
         Raises `UserError` for what `room_for` refuses, and for an id that the model does not have.
         """
@@ -73,7 +76,7 @@ class Decoder:
             raise ValueError("generation needs a whole model, not a range of its units")
         for prompt in prompts:
             _check_ids(prompt, model.config.vocab_size)
-        self.model, self.prompts, self.both_sides = model, prompts, both_sides
+        self.model, self.prompts, self.both_sides, self.rewinds = model, prompts, both_sides, rewinds
         self.limits = [room_for(prompt, model.config, max_new_tokens) for prompt in prompts]
         self.vocab = min(vocab or model.config.vocab_size, model.config.vocab_size)
         self.device = next(model.parameters()).device
@@ -84,9 +87,10 @@ class Decoder:
         lengths = [len(prompt) for prompt in self.prompts]
         width = max(lengths)
         rows = [[0] * (width - len(prompt)) + list(prompt) for prompt in self.prompts]
-        padding = width - torch.tensor(lengths, device=self.device)[:, None]
-        self._places = torch.arange(width, device=self.device) - padding
-        self._cache = KVCache(width + max(self.limits))
+        padding_B = width - torch.tensor(lengths, device=self.device)
+        self._places = torch.arange(width, device=self.device) - padding_B[:, None]
+        capacity = width + max(self.limits)
+        self._cache: KVCache | FixedCache = FixedCache(capacity, padding_B) if self.rewinds else KVCache(capacity)
         return self._forward(torch.tensor(rows, device=self.device), padded=min(lengths) < width, prefix=self.both_sides)
 
     @torch.inference_mode()
@@ -102,9 +106,27 @@ class Decoder:
         return self._forward(tokens_B[:, None])
 
     @torch.inference_mode()
+    def put(self, tokens: Sequence[Sequence[int]], places: Sequence[int]) -> Tensor:
+        """Hidden states [B, S, H] of equally many tokens of each row, the first of which stand at `places`; needs `rewinds`.
+
+        What a row had at these places and behind them is forgotten.
+        """
+        if not isinstance(self._cache, FixedCache):
+            raise ValueError("only a decoder that rewinds puts tokens in place of others")
+        tokens_BS = torch.tensor(tokens, device=self.device)
+        self._places = torch.tensor(places, device=self.device)[:, None] + torch.arange(tokens_BS.shape[1], device=self.device)
+        self._cache.used = int((self._places[:, -1:] + self._cache.padding_B1).max()) + 1
+        return self._forward(tokens_BS)
+
+    @torch.inference_mode()
     def logits(self, hidden_BSH: Tensor) -> Tensor:
         """Scores [B, V] of what comes after the last token."""
-        return self.model.head.output(hidden_BSH[:, -1])[:, : self.vocab]
+        return self.all_logits(hidden_BSH[:, -1])
+
+    @torch.inference_mode()
+    def all_logits(self, hidden: Tensor) -> Tensor:
+        """Scores [..., V] of what comes after tokens of these hidden states [..., H]."""
+        return self.model.head.output(hidden)[..., : self.vocab]
 
     def _forward(self, tokens: Tensor, padded: bool = True, prefix: bool = False) -> Tensor:
         """Places are those in a token's own sequence; padding comes before, below 0. Without it prompts are as in training."""
