@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny
 from torch import Tensor
+from torch.nn import Module
 
 from teratron.checkpoint import TrainingState, open_model, save_training, stream, weights_file
 from teratron.checkpoint.tensors import TensorFiles
@@ -75,14 +76,19 @@ def test_numbers_of_another_type(saved: Path, tmp_path: Path, monkeypatch: pytes
     assert all(torch.equal(found[key], expected[key].to(dtype)) and found[key].dtype == dtype for key in expected)
 
 
+def held_parts(model: Module) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    return {part.name: part.of(parameters[part.parameter]) for part in parts_of(model)}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 def test_it_opens_as_the_same_model(tmp_path: Path, precision: str) -> None:
     dtype = torch.float64 if precision == "fp64" else torch.float32
     folder = save_training(tmp_path, config(train__precision=precision), whole_pieces(training_state(dtype)), TrainingState(40))
     assert main(["convert", str(folder), str(tmp_path / "out.safetensors")]) == 0
-    parameters = [dict(open_model(source).model.named_parameters()) for source in (folder, tmp_path / "out.safetensors")]
-    assert parameters[0].keys() == parameters[1].keys()
-    assert all(torch.equal(parameters[0][name], parameters[1][name]) and parameters[1][name].dtype == dtype for name in parameters[0])
+    ours, theirs = (held_parts(open_model(source).model) for source in (folder, tmp_path / "out.safetensors"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) and theirs[name].dtype == dtype for name in ours)
     opened = open_model(tmp_path / "out.safetensors")
     assert opened.config == config().model
     assert "step 40" in opened.name

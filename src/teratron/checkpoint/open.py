@@ -10,7 +10,7 @@ import torch
 from teratron.checkpoint.agree import agree
 from teratron.checkpoint.exchange import is_foreign, open_weights
 from teratron.checkpoint.reader import Checkpoint, find_checkpoint, open_checkpoint
-from teratron.checkpoint.source import load_entries, tokenizer_in
+from teratron.checkpoint.source import load_entries, tokenizer_in, use_entries
 from teratron.checkpoint.tensors import fill_pieces
 from teratron.config import Config, ModelConfig, UserError
 from teratron.data.tokenizer import Tokenizer
@@ -45,13 +45,20 @@ def open_model(
     path, mesh = Path(source), mesh or Mesh()
     if is_foreign(path):
         weights = open_weights(path)
-        model = _empty(weights.config, device, dtype or _native(weights.run), mesh)
-        load_entries(model, weights.parts)
+        dtype = dtype or _native(weights.run)
+        model = _cut(weights.config, dtype, mesh)
+        types = {entry.dtype for entry in weights.parts} | {parameter.dtype for parameter in model.parameters()}
+        if types == {dtype} and mesh.tensor.size == 1 and torch.device(device).type == "cpu":
+            use_entries(model, weights.parts)
+        else:
+            materialise(model, device)
+            load_entries(model, weights.parts)
         objective = weights.run.objective.name if weights.run is not None else None
         return LoadedModel(model, weights.config, weights.tokenizer, weights.name, objective)
     checkpoint = _same_checkpoint(path, mesh)
     run = checkpoint.config()
-    model = _empty(run.model, device, dtype or _native(run), mesh)
+    model = _cut(run.model, dtype or _native(run), mesh)
+    materialise(model, device)
     _fill(model, checkpoint)
     tokenizer, name = tokenizer_in(checkpoint.folder / "tokenizer"), f"{path} (step {checkpoint.step:,})"
     return LoadedModel(model, run.model, tokenizer, name, run.objective.name)
@@ -74,15 +81,14 @@ def _native(config: Config | None) -> torch.dtype:
     return torch.float64 if config is not None and config.train.precision == "fp64" else torch.float32
 
 
-def _empty(config: ModelConfig, device: str | torch.device, dtype: torch.dtype, mesh: Mesh) -> GPT | EncoderDecoder:
-    """A model, or this rank's share of it, filled with zeros."""
+def _cut(config: ModelConfig, dtype: torch.dtype, mesh: Mesh) -> GPT | EncoderDecoder:
+    """A model, or this rank's share of it, without memory."""
     check_cut(config, mesh.tensor.size, f"--nproc {mesh.tensor.size}")
     model = cut_model(config, mesh, dtype=dtype)
     if not isinstance(model, (GPT, EncoderDecoder)) or not model.streams[""]:
         raise UserError(
             f"model.family = {config.family} does not continue text: choose a run or checkpoint of model.family = gpt or encoder_decoder"
         )
-    materialise(model, device)
     return model.eval()
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from teratron.checkpoint.stream import NAMES, Entry
+from teratron.checkpoint.mapped import DTYPES, MappedFile
+from teratron.checkpoint.stream import Entry
 from teratron.config import UserError
-
-_DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 class Shards:
@@ -27,7 +24,7 @@ class Shards:
         self._opened = {path: self._open(path) for path in files}
         self._places: dict[str, Path] = {}
         for path, opened in self._opened.items():
-            for name in opened.keys():  # noqa: SIM118 (no mapping)
+            for name in opened.tensors:
                 if name in self._places:
                     raise UserError(f"{path}: holds {name}, and so does {self._places[name].name}; {advice}")
                 self._places[name] = path
@@ -40,38 +37,27 @@ class Shards:
 
     def metadata(self, path: Path) -> dict[str, str]:
         """The text in a file's header."""
-        return self._opened[path].metadata() or {}
+        return self._opened[path].metadata
 
     def entry(self, name: str) -> Entry:
         """A tensor by name. Raises `UserError` for numbers of a type that is not written here, such as of 8 bits."""
         path = self._places[name]
-        with self._reading(path):
-            header = self._opened[path].get_slice(name)
-            kind, shape = header.get_dtype(), header.get_shape()
-        if kind not in _DTYPES:
-            raise UserError(f"{path}: {name} holds numbers of type {kind}, expected {'|'.join(_DTYPES)}: use unquantised weights")
-        return Entry(name, _DTYPES[kind], shape, partial(self.read, name))
+        kind, shape, *_ = self._opened[path].tensors[name]
+        if kind not in DTYPES:
+            raise UserError(f"{path}: {name} holds numbers of type {kind}, expected {'|'.join(DTYPES)}: use unquantised weights")
+        return Entry(name, DTYPES[kind], shape, partial(self.read, name))
 
     def entries(self) -> Iterator[Entry]:
         return map(self.entry, self._places)
 
     def read(self, name: str) -> Tensor:
         """A tensor, memory-mapped."""
-        path = self._places[name]
-        with self._reading(path):
-            return self._opened[path].get_tensor(name)
+        return self._opened[self._places[name]].read(name)
 
-    def _open(self, path: Path) -> Any:
-        from safetensors import safe_open
-
-        with self._reading(path):
-            return safe_open(path, framework="pt")
-
-    @contextmanager
-    def _reading(self, path: Path) -> Iterator[None]:
+    def _open(self, path: Path) -> MappedFile:
         from safetensors import SafetensorError
 
         try:
-            yield
+            return MappedFile(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error}); {self.advice}") from None

@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from teratron.checkpoint.mapped import joined
 from teratron.checkpoint.stream import Entry
 from teratron.config import Config, ModelConfig, UserError
 from teratron.config.sections import ObjectiveConfig
 from teratron.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from teratron.models import parts_of
 from teratron.models.parts import check_parts
+from teratron.parallel.apply import replace_parameters
 
 USUAL_OBJECTIVE = {"gpt": "next_token", "encoder": "masked", "encoder_decoder": "denoising", "xlnet": "permuted"}
 
@@ -75,6 +77,33 @@ def load_entries(model: nn.Module, entries: Iterable[Entry]) -> None:
             parameter.zero_()  # padding of the vocabulary stays zero
         for part in parts:
             part.of(parameters[part.parameter]).copy_(by_name[part.name].values()[part.box()])
+
+
+def use_entries(model: nn.Module, entries: Iterable[Entry]) -> None:
+    """Make the stored tensors the parameters of a model on the meta device, whole and in their own numbers.
+
+    What lies in a file as it is needed stays there, and comes into memory page by page when it is used; the rest is read. Nothing is held
+    twice. Tables have no padding then.
+    """
+    by_name = {entry.name: entry for entry in entries}
+    parts = parts_of(model)
+    check_parts(parts, {name: tuple(entry.shape) for name, entry in by_name.items()})
+    found: dict[str, list[Tensor]] = {}
+    for part in parts:
+        found.setdefault(part.parameter, []).append(by_name[part.name].values())
+    replace_parameters(model, {name: joined(values) for name, values in found.items()})
+
+
+def side_by_side(entries: Iterable[Entry]) -> list[Entry]:
+    """Parts in an order in which those of a fused leaf lie one behind the other, so that a file of them can be used as it is.
+
+    Such as q.weight, k.weight, v.weight, q.bias, k.bias, v.bias of the same attention.
+    """
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        path, _, kind = entry.name.rpartition(".")
+        groups.setdefault((path.rpartition(".")[0], kind), []).append(entry)
+    return [entry for group in groups.values() for entry in group]
 
 
 def tokenizer_in(folder: Path) -> Tokenizer | None:

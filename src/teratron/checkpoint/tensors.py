@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from teratron.checkpoint.manifest import StoredPiece, StoredTensor
+from teratron.checkpoint.mapped import MappedFile, forget
 from teratron.config import UserError
 from teratron.parallel.boxes import Box, Piece
-from teratron.parallel.offload import forget
 
 USE_EARLIER = "use an earlier checkpoint"
 
@@ -57,15 +57,13 @@ class TensorFiles:
     def __init__(self, folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
         self.folder = folder
         self.tensors = tensors
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, MappedFile] = {}
 
     def __enter__(self) -> TensorFiles:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._files.clear()
-        self._stack.close()
 
     def read(self, name: str, box: Box) -> Tensor:
         """A region of a tensor: a memory-mapped view where one piece holds it, else put together from the pieces.
@@ -90,17 +88,15 @@ class TensorFiles:
     def stored(self, name: str, piece: StoredPiece) -> Tensor:
         """A stored piece, memory-mapped; raises `UserError` when the file does not hold what the manifest says."""
         with _reading(self.folder):
-            tensor = self._open(piece.file).get_tensor(piece.key)
+            tensor = self._open(piece.file).read(piece.key)
             found, promised = [str(tensor.dtype), list(tensor.shape)], [str(self.tensors[name].dtype), list(piece.shape)]
             if found != promised:
                 raise ValueError(f"{name} is {found}, the manifest says {promised}")
         return tensor
 
-    def _open(self, file: str) -> Any:
-        from safetensors import safe_open
-
+    def _open(self, file: str) -> MappedFile:
         if file not in self._files:
-            self._files[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
+            self._files[file] = MappedFile(self.folder / file)
         return self._files[file]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from teratron.checkpoint.format import sync_folder
 from teratron.checkpoint.probe import Compared, compare
 from teratron.checkpoint.shards import Shards
-from teratron.checkpoint.source import Weights
+from teratron.checkpoint.source import Weights, side_by_side
 from teratron.checkpoint.stream import write_safetensors
 from teratron.config import Config, UserError
 from teratron.config.config import flatten
@@ -29,7 +29,7 @@ def write_weights(weights: Weights, output: Path, overwrite: bool = False) -> Co
     Raises `UserError` when the file exists (without overwrite) or cannot be written.
     """
     _check_output(output, overwrite)
-    entries = weights.parts
+    entries = side_by_side(weights.parts)
     config = json.dumps(tomllib.loads(weights.run_config().to_toml()))
     partial = output.with_name(f".{output.name}.partial")
     try:

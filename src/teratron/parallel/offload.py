@@ -25,7 +25,7 @@ from teratron.config import ParallelConfig, UserError
 PAGE = 4096
 WAITING = 4
 """Tensors that may wait to be written to disk."""
-_DONTNEED, _WILLNEED, _POPULATE_WRITE = 4, 3, 23
+DONTNEED, _WILLNEED, _POPULATE_WRITE = 4, 3, 23
 """What Linux calls the ways to use a range of memory (madvise)."""
 
 
@@ -172,7 +172,7 @@ class Disk(Home):
     def done(self, kept: Iterable[Tensor]) -> None:
         for tensor in kept:
             if tensor.data_ptr() in self._files:
-                advise(tensor, _DONTNEED)
+                advise(tensor, DONTNEED)
                 self._going.append(self._writer.submit(self._write, tensor))
         while len(self._going) > WAITING:  # else what waits to be written fills the memory
             self._going.popleft().result()
@@ -224,8 +224,3 @@ def advise(tensor: Tensor, way: int) -> None:
     start, stop = -(-tensor.data_ptr() // PAGE) * PAGE, (tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE
     if start < stop:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), way)
-
-
-def forget(mapped: Tensor) -> None:
-    """Take the pages of a tensor that a file holds, and that nobody has changed, out of this process's memory."""
-    advise(mapped, _DONTNEED)
