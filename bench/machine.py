@@ -21,7 +21,7 @@ def facts(device: str) -> dict[str, Any]:
     versions = {name: _version(name) for name in ("teratron", "torch", "numpy", "transformers")}
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": describe(torch.device(device)),
+        "device": describe(torch.device(device), torch.float32),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
         "system": platform.platform(),

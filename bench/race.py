@@ -80,7 +80,7 @@ def race(workload: Workload, peers: Sequence[str], settings: Settings) -> Race:
         for name, peer in [("teratron", OURS), *((name, PEERS[name]) for name in peers)]:
             racers.append(Racer(name, peer, job(workload, peer, folder, settings)))
             stack.callback(racers[-1].stop)
-        lanes = [racer.lane for racer in racers]
+        lanes = [racer.meet() for racer in racers]
         check_same([lane for lane in lanes if lane.name == "teratron" or PEERS[lane.name].compared(workload)], settings.precision)
         for _ in range(settings.rounds):
             peak = max(peak, measure_peak(kind, dtype))
@@ -112,7 +112,9 @@ def check_same(lanes: Sequence[Lane], precision: str) -> None:
 
 
 class Racer:
-    """A contender in its own fresh process, of its own Python; made after it has passed its first steps."""
+    """A contender in its own fresh process, of its own Python."""
+
+    lane: Lane
 
     def __init__(self, name: str, peer: Peer, job: Job) -> None:
         path = Path(job.folder) / f"{name}.json"
@@ -123,11 +125,11 @@ class Racer:
         self._process = subprocess.Popen(
             [peer.python, BENCH / "lane.py", path], stdin=PIPE, stdout=PIPE, stderr=self._log, text=True, env=environment, cwd=job.folder
         )
-        try:
-            self.lane = Lane(name, **self._receive())
-        except BaseException:
-            self.stop()
-            raise
+
+    def meet(self) -> Lane:
+        """Wait until it has made its first steps; what they were."""
+        self.lane = Lane(self.name, **self._receive())
+        return self.lane
 
     def ask(self, steps: int) -> Any:
         """Seconds a step over `steps` steps; with 0 its peak memory in bytes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["LOCAL_RANK"] = "0"  # its launcher would set it
 
 import deepspeed
 from job import Gate, Job
