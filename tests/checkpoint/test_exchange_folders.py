@@ -21,6 +21,7 @@ from teratron.checkpoint.stream import Entry
 from teratron.cli.main import main
 from teratron.config import ModelConfig, UserError
 from teratron.data.bpe import train_bpe
+from teratron.data.open import save_tokenizer
 from teratron.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from teratron.data.wordpiece import train_wordpiece
 from teratron.models import build_model, parts_of
@@ -153,7 +154,9 @@ def test_tokenizers_come_along(kind: str, tmp_path: Path) -> None:
     """The same ids for `AutoTokenizer` and for us."""
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle: pip install transformers")
     tokenizer, text = TOKENIZERS[kind](), "the cat\nsat on" if kind != "wordpiece" else "the cat sat on"
-    write_huggingface(made(tokenizer, **TIED), tmp_path / "out", 10**9)
+    tokenizer.chat_template = "{{ messages[0].content }}|"
+    save_tokenizer(tokenizer, tmp_path / "kept")  # as a run keeps it
+    write_huggingface(made(load_tokenizer(tmp_path / "kept"), **TIED), tmp_path / "out", 10**9)
     theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), open_weights(tmp_path / "out").tokenizer
     ids = tokenizer.encode(text)
     assert theirs.encode(text, add_special_tokens=False) == ids
@@ -161,7 +164,23 @@ def test_tokenizers_come_along(kind: str, tmp_path: Path) -> None:
     assert ours is not None
     assert (ours.encode(text), ours.decode(ids), ours.eod) == (ids, text, tokenizer.eod)
     assert theirs.eos_token_id == tokenizer.eod
+    assert theirs.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello|"
+    assert ours.chat_template == tokenizer.chat_template
     assert (theirs.mask_token_id == 4) == (kind == "wordpiece")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("{{ a }}", "{{ a }}"), ([{"name": "tools", "template": "b"}, {"name": "default", "template": "c"}], "c"), (None, "")],
+)
+def test_a_chat_template_is_found_in_the_tokenizers_config(said: Any, expected: str, tmp_path: Path) -> None:
+    save_tokenizer(TOKENIZERS["bpe"](), tmp_path / "kept")
+    content = json.loads((tmp_path / "kept/tokenizer_config.json").read_text()) | {"chat_template": said}
+    (tmp_path / "kept/tokenizer_config.json").write_text(json.dumps(content))
+    assert load_tokenizer(tmp_path / "kept").chat_template == expected
+    (tmp_path / "kept/chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="its chat template cannot be read"):
+        load_tokenizer(tmp_path / "kept")
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ PARALLEL: Keys = {"model.block": "parallel", "model.position": "sinusoidal"}
 ONE_NORM: Keys = ROPE | {"model.block": "parallel_one_norm", "model.rope_share": 0.5, "model.tie_embeddings": False}
 SANDWICH: Keys = {
     "model.norm_place": "sandwich", "model.position": "sinusoidal", "model.output_cap": 1.0, "model.tie_embeddings": False,
-    "model.norm_less_one": True,
+    "model.norm_less_one": True, "model.logit_scale": 0.3,
 }  # fmt: skip
 LATENT: Keys = ROPE | {"model.latent": 6, "model.latent_query": 10, "model.rope_dim": 4, "model.value_dim": 3}
 LATENT_BIASED: Keys = {"model.position": "rope", "model.latent": 6, "model.rope_dim": 4, "model.attention_cap": 2.0, "model.bias": True}
@@ -29,6 +29,13 @@ GROUPS: Keys = LATENT | EXPERTS | {
     "model.normalise_gates": True, "model.shared_experts": 1,
 }  # fmt: skip
 WINDOWED: Keys = ALIBI | {"model.seq_length": 128, "model.window": 7, "model.attention_cap": 1.0, "train.global_batch": 2}
+NEAR: Keys = ROPE | {
+    "model.seq_length": 128,
+    "model.window": 7,
+    "model.global_every": 2,
+    "model.window_theta": 30.0,
+    "train.global_batch": 2,
+}
 PACKED, PLAIN, ODD, LONG = (True,), (False,), (False, 7), (True, 120)
 
 
@@ -58,7 +65,7 @@ def case(ranks: int, name: str, keys: Keys, shape: tuple[Any, ...], slow: bool =
                 ("shard parameters", PLAIN),
             )
         ),
-        *(case(2, name, WINDOWED, LONG) for name in ("tensor 2", "context 2 ring", "context 2 all_to_all")),
+        *(case(2, name, keys, LONG) for keys in (WINDOWED, NEAR) for name in ("tensor 2", "context 2 ring", "context 2 all_to_all")),
         case(4, "context 2 ring x tensor 2", LATENT | {"train.recompute": "selective"}, PACKED),
         case(4, "context 4 ring", CAPPED | ALIBI, PLAIN),
         case(8, "pipeline 2 x context 2 ring x tensor 2 x sequence", GROUPS | {"train.micro_batch": 4}, PACKED),

@@ -40,8 +40,9 @@ def task_of(stride: int = 0, length: int = 24, **options: Any) -> Tag:
     return task
 
 
-def test_it_learns(tmp_path: Path) -> None:
-    assert finetune("tag", tmp_path, "encoder", rows(150, 1), rows(40, 2), "--epochs", "4") == 0
+@pytest.mark.parametrize("family", ["encoder", pytest.param("xlnet", marks=pytest.mark.slow)])
+def test_it_learns(family: str, tmp_path: Path) -> None:
+    assert finetune("tag", tmp_path, family, rows(150, 1), rows(40, 2), "--epochs", "4") == 0
     found = scores(tmp_path)
     assert found["metrics"]["f1"]["value"] > 0.95
     assert found["baseline"]["f1"] == 0

@@ -41,8 +41,12 @@ SHAPE: dict[str, Any] = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "encoder": {"model.family": "encoder", "model.token_types": 2, "objective.name": "masked", "data.tokenizer": "wordpiece:200"},
     "gpt": {"data.tokenizer": "bpe:400"},
+    "xlnet": {
+        "model.family": "xlnet", "model.position": "transformer_xl", "model.recurrence": 12, "objective.name": "permuted",
+        "data.tokenizer": "bpe:400",
+    },
     "encoder_decoder": {"model.family": "encoder_decoder", "objective.name": "denoising", "data.tokenizer": "bpe:400"},
-}
+}  # fmt: skip
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from teratron.config.meaning import meaning
 from teratron.models import build_model, parts_of
 from teratron.models.parts import check_parts
 
-HEAD_KEYS = ("head", "classes", "head_transform", "pooler", "tie_embeddings")
+HEAD_KEYS = ("head", "classes", "class_bias", "head_transform", "pooler", "tie_embeddings")
 """Of `model.*`: what may differ too where the run has another head than made the weights."""
 ADAPTER_KEYS = ("adapter_rank", "adapter_alpha", "adapter_targets", "adapter_dora")
 NEW = re.compile(r"head\.classes\..*|.*\.(lora_a|lora_b|magnitude)")
@@ -37,7 +37,7 @@ def weights_for(path: Path, model: ModelConfig) -> tuple[Mapping[str, Entry], tu
     if _differ(weights.config, model, ADAPTER_KEYS):
         weights = merged(weights)
     another = _differ(weights.config, model, HEAD_KEYS[:2])
-    _check_keys(path, weights.config, model, ("router_balance", *ADAPTER_KEYS, *(HEAD_KEYS if another else ())))
+    _check_keys(path, weights.config, model, ("router_balance", "recurrence", *ADAPTER_KEYS, *(HEAD_KEYS if another else ())))
     parts = parts_of(build_model(model, device="meta"))
     shapes = {part.name: part.shape for part in parts}
     entries = {e.name: e for e in weights.parts if not (another and LEFT.fullmatch(e.name) and shapes.get(e.name) != tuple(e.shape))}

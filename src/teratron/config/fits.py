@@ -18,10 +18,10 @@ FITS = {
     "prefix": ("gpt",),
     "ul2": ("encoder_decoder", "gpt"),
     "supervised": ("encoder_decoder", "gpt"),
-    "classes": ("encoder", "gpt", "encoder_decoder"),
-    "pooled": ("encoder",),
-    "pointing": ("encoder", "gpt"),
-    "similar": ("encoder", "gpt"),
+    "classes": ("encoder", "gpt", "encoder_decoder", "xlnet"),
+    "pooled": ("encoder", "xlnet"),
+    "pointing": ("encoder", "gpt", "xlnet"),
+    "similar": ("encoder", "gpt", "xlnet"),
     "preferred": ("gpt",),
 }
 """The families that each objective fits."""

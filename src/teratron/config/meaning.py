@@ -39,6 +39,7 @@ def _unused(model: ModelConfig) -> set[str]:
     unused |= set() if model.position == "rope" else set(_ROTARY)
     unused |= {"rope_slow", "rope_fast", "rope_sharpness"} if model.rope_scaling in ("none", "linear", "ntk") else set()
     unused |= set() if model.position == "relative" else {"relative_buckets", "relative_distance"}
-    unused |= set() if model.head == "language" else {"head_transform", "tie_embeddings", "scale_output", "output_cap"}
+    unused |= set() if model.head == "language" else {"head_transform", "tie_embeddings", "scale_output", "logit_scale", "output_cap"}
+    unused |= set() if model.head == "classes" else {"class_bias"}
     unused |= set() if model.adapter_rank else {"adapter_alpha", "adapter_targets"}
     return unused

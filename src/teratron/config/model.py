@@ -95,12 +95,16 @@ class ModelConfig(Section):
     """Bound of the output's logits, which become cap * tanh(logit / cap) (Gemma 2: 30); 0 = none."""
     scale_output: bool = key(False)
     """Divide the last features by sqrt(hidden) before the output projection (T5 with tied embeddings)."""
+    logit_scale: float = key(1.0, above(0))
+    """Factor of the output's logits (Cohere)."""
     scale_attention: bool = key(True)
     """Divide attention's scores by sqrt(head_dim); false = initial queries are so much smaller instead (T5)."""
     head: Literal["language", "classes", "none"] = key("language")
     """What the last unit gives: scores of the vocabulary; of model.classes classes at every token (fine-tuning); or its vectors alone."""
     classes: int = key(0, at_least(0))
     """Classes, tags or kinds of places that model.head = classes scores."""
+    class_bias: bool = key(True)
+    """Give the scores of model.head = classes a bias; false = as in Hugging Face's decoders that classify whole texts."""
     adapter_rank: int = key(0, at_least(0))
     """Rank of the low-rank adapters (LoRA, Hu et al. 2022) that alone learn, with a new head, while all else is frozen; 0 = none."""
     adapter_alpha: float = key(16.0, above(0))
@@ -129,6 +133,8 @@ class ModelConfig(Section):
     """The first so many tokens of a sample are seen from anywhere, attention sinks (Xiao et al. 2024), and in encoders see all."""
     global_every: int = key(0, at_least(0))
     """Every so many-th layer attends over all tokens, the others over the window (Gemma 2 and 3, GPT-OSS); 0 = none does."""
+    window_theta: float = key(0.0, at_least(0))
+    """Base of the rotary frequencies, never stretched, in layers that attend over the window (Gemma 3: 10,000); 0 = as in the others."""
     recurrence: int = key(0, at_least(0))
     """Tokens of one stretch of a sample: attention sees its own stretch and, without gradient, the one before (Dai et al. 2019); xlnet
     only; 0 = the whole sample is one."""
@@ -407,7 +413,7 @@ class ModelConfig(Section):
     @property
     def output_factor(self) -> float:
         """Of the last features, before the output projection."""
-        return (1 / math.sqrt(self.hidden) if self.scale_output else 1.0) / self.widening
+        return self.logit_scale * (1 / math.sqrt(self.hidden) if self.scale_output else 1.0) / self.widening
 
     @property
     def expert_width(self) -> int:

@@ -35,6 +35,11 @@ def check_variants(model: ModelConfig) -> None:
 
 
 def _check_rotary(model: ModelConfig) -> None:
+    if model.window_theta and (model.position != "rope" or not model.window or model.latent):
+        raise UserError(
+            f"model.window_theta = {model.window_theta} concerns rotary positions in layers with a window, found model.position = "
+            f"{model.position}, model.window = {model.window}, model.latent = {model.latent}: leave it out"
+        )
     if model.position != "rope":
         if model.rope_share != 1 or model.rope_scaling != "none":
             name = "rope_share" if model.rope_share != 1 else "rope_scaling"

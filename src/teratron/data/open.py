@@ -14,7 +14,7 @@ from teratron.data.indexed import IndexedDataset
 from teratron.data.layout import Source, open_sources, train_samples, valid_windows
 from teratron.data.samples import KnownTokens, Samples
 from teratron.data.special import Needs, SpecialTokens, reserved, special_tokens
-from teratron.data.tokenizer import Tokenizer, load_tokenizer
+from teratron.data.tokenizer import Tokenizer, load_tokenizer, save_template
 
 Say = Callable[[str], None]
 ANYTHING = Needs()
@@ -212,6 +212,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tokenizer.save(partial)
+    save_template(tokenizer, partial)
     partial.rename(folder)
 
 

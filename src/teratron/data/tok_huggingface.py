@@ -31,6 +31,8 @@ class HuggingFaceTokenizer:
     recognised in text, so that no document can end itself.
     """
 
+    chat_template = ""
+
     def __init__(self, engine: Engine, eod: str = "", configured_eod: str = "") -> None:
         engine.no_truncation()
         engine.no_padding()

@@ -18,6 +18,7 @@ class SentencePieceTokenizer:
 
     kind = "sentencepiece"
     cut_rule: CutRule = "never"
+    chat_template = ""
 
     def __init__(self, model: bytes, eod: str = "") -> None:
         from sentencepiece import SentencePieceProcessor

@@ -14,6 +14,7 @@ from teratron.config import UserError, nearest
 from teratron.data.cuts import CutRule
 
 END_OF_TEXT = "<|endoftext|>"
+TEMPLATE_FILE = "chat_template.jinja"
 ACCEPTED = (
     "`bytes`, a tokenizer.json, vocab.json with merges.txt, a BERT vocab.txt, a SentencePiece .model, a chars.json, "
     "or a folder that holds one of them"
@@ -33,6 +34,8 @@ class Tokenizer(Protocol):
     """Id that the tokenizer's own rules put before a text; None when they put none. `encode` never adds it."""
     cut_rule: CutRule
     """Where a long text may be cut without changing its tokens."""
+    chat_template: str
+    """How conversations are written for it, in Jinja, as transformers keeps it; empty = unknown. It is carried along, not used here."""
 
     @property
     def fingerprint(self) -> str:
@@ -91,9 +94,32 @@ def load_tokenizer(spec: str | Path, eod: str = "") -> Tokenizer:
     if not file.is_file():
         raise UserError(f"tokenizer '{spec}': no such file or folder; accepted: {ACCEPTED}")
     try:
-        return _loader(file)(file, eod)
+        tokenizer = _loader(file)(file, eod)
+        tokenizer.chat_template = _template_beside(file)
     except OSError as error:
         raise UserError(f"tokenizer {file}: cannot be read: {error.strerror or error}") from None
+    return tokenizer
+
+
+def _template_beside(file: Path) -> str:
+    """The chat template in a file of its own, or in tokenizer_config.json; of several the one that is called default."""
+    own, config = file.with_name(TEMPLATE_FILE), file.with_name("tokenizer_config.json")
+    try:
+        if own.is_file():
+            return own.read_text("utf-8")
+        said = json.loads(config.read_bytes()).get("chat_template") if config.is_file() else None
+        found = {one["name"]: one["template"] for one in said}.get("default") if isinstance(said, list) else said
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"tokenizer {file}: its chat template cannot be read ({error!r}): copy {own.name} and {config.name} again"
+        ) from None
+    return found if isinstance(found, str) else ""
+
+
+def save_template(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer's chat template, where it has one, as `load_tokenizer` and transformers read it."""
+    if tokenizer.chat_template:
+        (folder / TEMPLATE_FILE).write_text(tokenizer.chat_template, "utf-8")
 
 
 _PATTERNS = (
@@ -167,6 +193,7 @@ class ByteTokenizer:
     vocab_size = 257
     bos: int | None = None
     cut_rule: CutRule = "anywhere"
+    chat_template = ""
 
     def __init__(self, eod: str = "") -> None:
         self.eod = choose_eod(self.token_id, eod, [END_OF_TEXT], [END_OF_TEXT])
@@ -203,6 +230,7 @@ class CharTokenizer:
     kind = "chars"
     bos: int | None = None
     cut_rule: CutRule = "anywhere"
+    chat_template = ""
 
     def __init__(self, characters: str, eod: str = "") -> None:
         if len(set(characters)) != len(characters) or not characters:

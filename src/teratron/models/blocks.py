@@ -81,8 +81,9 @@ class Attention(nn.Module):
         q, k, v = (heads_of(part, self.head_features) for part in parts)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if shared.rotary is not None:
-            q, k = rotate(q, *shared.rotary), rotate(k, *shared.rotary)
+        turned = shared.rotary if self.everywhere else shared.rotary_in_window or shared.rotary
+        if turned is not None:
+            q, k = rotate(q, *turned), rotate(k, *turned)
         if self.query_factor != 1:
             q = q * self.query_factor
         sight = shared.sight.full if self.everywhere else shared.sight
@@ -197,7 +198,7 @@ class Head(nn.Module):
         if self.pools:
             self.pooler = Linear(width, width, config.bias, config.matrix_std)
         if config.head == "classes":
-            self.classes = LanguageHead(width, config.classes, 1, config.init_std, bias=True)
+            self.classes = LanguageHead(width, config.classes, 1, config.init_std, bias=config.class_bias)
         if not language:
             return
         if self.transforms:

@@ -17,9 +17,21 @@ def rotary(config: ModelConfig, positions_BS: Tensor, dtype: torch.dtype) -> tup
     """cos and sin of each position's angles, [B, 1, S, features / 2] (Su et al. 2021); None = positions are not rotary."""
     if config.position != "rope":
         return None
-    angles = positions_BS[:, None, :, None].to(dtype) * frequencies(config, dtype, positions_BS.device)
+    cos, sin = _turns(positions_BS, frequencies(config, dtype, positions_BS.device))
     factor = 1.0 if config.latent else config.sharpness  # latent attention sharpens the features that are not rotated, too
-    return (angles.cos(), angles.sin()) if factor == 1 else (angles.cos() * factor, angles.sin() * factor)
+    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
+
+
+def rotary_in_window(config: ModelConfig, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """The same for layers that attend over a window; None = they have no base of their own."""
+    if not config.window_theta:
+        return None
+    return _turns(positions_BS, _unstretched(config, config.window_theta, dtype, positions_BS.device))
+
+
+def _turns(positions_BS: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    angles = positions_BS[:, None, :, None].to(frequencies.dtype) * frequencies
+    return angles.cos(), angles.sin()
 
 
 def frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
@@ -27,8 +39,7 @@ def frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device | 
     width, base, factor = config.rotary_features, config.rope_theta, config.rope_factor
     if config.rope_scaling == "ntk":
         base = base * factor ** (width / max(width - 2, 1))
-    exponents = torch.arange(0, width, 2, dtype=dtype, device=device)
-    plain = 1 / base ** (exponents / width)  # the field's rounding, bit for bit
+    plain = _unstretched(config, base, dtype, device)
     if config.rope_scaling == "linear":
         return plain / factor
     if config.rope_scaling == "llama3":
@@ -36,6 +47,11 @@ def frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device | 
     if config.rope_scaling == "yarn":
         return _between(plain / factor, plain, _fast_by_number(config, plain))
     return plain
+
+
+def _unstretched(config: ModelConfig, base: float, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    exponents = torch.arange(0, config.rotary_features, 2, dtype=dtype, device=device)
+    return 1 / base ** (exponents / config.rotary_features)  # the field's rounding, bit for bit
 
 
 def _between(slow: Tensor, fast: Tensor, share: Tensor) -> Tensor:

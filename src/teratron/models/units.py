@@ -15,7 +15,7 @@ from teratron.config import ModelConfig
 from teratron.models.leaves import accurate
 from teratron.models.patterns import pattern_of
 from teratron.models.plan import Plan
-from teratron.models.positions import rotary
+from teratron.models.positions import rotary, rotary_in_window
 from teratron.models.random import mask_keys
 from teratron.models.relative import RELATIVE
 from teratron.models.sight import Sight
@@ -61,6 +61,8 @@ class Shared:
     """bool [B, S]: False at padding; None = no padding."""
     relative: Tensor | None = None
     """Biases of scores by the bucket of the distance, [buckets, N], which blocks take from the state."""
+    rotary_in_window: tuple[Tensor, Tensor] | None = None
+    """In place of `rotary` where attention has a window."""
 
 
 class Model(nn.Module):
@@ -130,8 +132,9 @@ class Model(nn.Module):
             furthest=self.config.relative_distance,
         )
         positions, weight = state[f"{stream}positions"], next(self.parameters(), None)
-        turned = rotary(self.config, positions, accurate(weight.dtype)) if weight is not None else None  # a head may have no weights
-        return Shared(positions, turned, sight, mine["keys"], cache, real=real_tokens(state, stream))
+        kind = accurate(weight.dtype) if weight is not None else None  # a head may have no weights
+        turned, near = (f(self.config, positions, kind) if kind is not None else None for f in (rotary, rotary_in_window))
+        return Shared(positions, turned, sight, mine["keys"], cache, real=real_tokens(state, stream), rotary_in_window=near)
 
     def sent(self, state: State) -> State:
         """A state without the coordinates."""

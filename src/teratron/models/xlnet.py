@@ -56,7 +56,7 @@ class XLNet(Model):
         **{f"embedding.{leaf}": EMBEDDING[leaf] for leaf in ("tokens", "norm", "dropout")},
         "embedding.query": Cut(Layout.WHOLE, Layout.RESIDUAL),
         **under("blocks.*", BLOCK),
-        **{f"head.{leaf}": HEAD[leaf] for leaf in ("norm", "transform", "transform_norm", "output")},
+        **{f"head.{leaf}": HEAD[leaf] for leaf in ("norm", "transform", "transform_norm", "classes", "output")},
     }
     streams: ClassVar = {"": False, TARGET: False}
 

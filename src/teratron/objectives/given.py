@@ -17,7 +17,7 @@ from teratron.models import Model, State
 from teratron.models.leaves import accurate
 from teratron.objectives.terms import Batch, Term
 
-ENTER = ("tokens", "token_types", "positions", "segments", "real", "prefix")
+ENTER = ("tokens", "token_types", "positions", "segments", "real", "prefix", "turns")
 """What enters the model, of the decoder's stream and, as `encoder_tokens`, ..., of the encoder's."""
 
 
@@ -29,14 +29,15 @@ class Given:
 
     def __init__(self, config: Config) -> None:
         self.smoothing = config.objective.label_smoothing
-        self.both_ways = {"encoder": "", "encoder_decoder": "encoder_"}.get(config.model.family)
+        self.two_streams = config.model.family == "xlnet"
+        self.both_ways = "encoder_" if config.model.family == "encoder_decoder" else "" if config.model.family != "gpt" else None
         """The stream whose attention looks both ways, so that padding must be hidden from it."""
 
     def prepare(self, samples: Samples, index: np.ndarray, special: SpecialTokens) -> Batch:
         batch = cast(Examples, samples).take(index)
         if self.both_ways is not None and f"{self.both_ways}real" in batch:
             batch[f"{self.both_ways}segments"] = batch.pop(f"{self.both_ways}real").long() - 1
-        return batch
+        return batch | {"turns": torch.zeros_like(batch["tokens"])} if self.two_streams else batch  # all tokens are given
 
     def inputs(self, batch: Batch) -> State:
         return {name: tensor for name, tensor in batch.items() if name.removeprefix("encoder_") in ENTER}

@@ -19,7 +19,8 @@ def parts(name: str, *which: str) -> tuple[str, ...]:
 def decoder(name: str, classes: str = "classifier") -> dict[str, Form]:
     """The classes of a decoder; classes: their name of the layer that scores the classes of tokens."""
     tokens = Form({"head": "classes"}, {f"{classes}.*": "head.classes.*"}, labels=True)
-    return {**bare_decoder(name), f"{name}ForTokenClassification": tokens}
+    texts = Form({"head": "classes", "class_bias": False}, {"score.weight": "head.classes.weight"}, labels=True)
+    return {**bare_decoder(name), f"{name}ForTokenClassification": tokens, f"{name}ForSequenceClassification": texts}
 
 
 def bare_decoder(name: str) -> dict[str, Form]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from teratron.checkpoint.huggingface.decoders import VOCABULARY
+from teratron.checkpoint.huggingface.decoders import ACTIVATIONS, VOCABULARY
 from teratron.checkpoint.huggingface.settings import Architecture, Both, Form, Key, Like, Only, Settings, Table, Told
 
 _T5_ACTIVATIONS = {
@@ -89,7 +89,7 @@ BART = Architecture(
         Key("encoder_ffn_dim", "ffn", property="ffn_width"),
         Key("max_position_embeddings", "seq_length", property="positions"),
         VOCABULARY,
-        Key("activation_function", "activation", "gelu", {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}),
+        Key("activation_function", "activation", "gelu", ACTIVATIONS),
         Key("init_std", "init_std", 0.02),
         Only("scale_embedding", False),
         Only("tie_word_embeddings", True),

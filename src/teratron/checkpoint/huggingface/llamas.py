@@ -1,4 +1,4 @@
-"""Decoders with rotary positions: Llama, Mistral, Mixtral, Qwen, Gemma; and Cohere."""
+"""Decoders with rotary positions: Llama, Mistral, Mixtral, Qwen; and Cohere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPE: tuple[Setting, ...] = (
     INIT,
     Told("attention_dropout", "attention_dropout"),
 )
-_GROUPED = Key("num_key_value_heads", "kv_heads", 0, property="key_value_heads")
+GROUPED = Key("num_key_value_heads", "kv_heads", 0, property="key_value_heads")
 UNTIED = Key("tie_word_embeddings", "tie_embeddings", False)
 SILU = Key("hidden_act", "activation", "silu", {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "swish": "swiglu"})
 _HEAD = Key("head_dim", "head_dim", 0, property="head_features")
@@ -35,7 +35,7 @@ OUTSIDE: Table = {
     "model.norm.weight": "head.norm.weight",
     "lm_head.weight": "head.output.weight",
 }
-_ATTENTION: Table = {
+ATTENTION: Table = {
     **{f"{LAYER}.self_attn.{name}_proj.*": f"blocks.#.attention.{name}.*" for name in "qkv"},
     f"{LAYER}.self_attn.o_proj.*": "blocks.#.attention.output.*",
     **{f"{LAYER}.self_attn.{name}_norm.weight": f"blocks.#.attention.{name}_norm.weight" for name in "qk"},
@@ -45,7 +45,7 @@ NORMS: Table = {
     f"{LAYER}.post_attention_layernorm.weight": "blocks.#.ffn_norm.weight",
 }
 FEED_FORWARD: Table = {f"{LAYER}.mlp.{name}_proj.*": f"blocks.#.ffn.{name}.*" for name in ("gate", "up", "down")}
-_LLAMA: Table = {**OUTSIDE, **_ATTENTION, **NORMS, **FEED_FORWARD}
+LLAMA_TABLE: Table = {**OUTSIDE, **ATTENTION, **NORMS, **FEED_FORWARD}
 
 
 def _experts(place: str, names: dict[str, str]) -> Table:
@@ -80,20 +80,20 @@ LLAMA = Architecture(
     "llama",
     "model.",
     decoder("Llama", "score"),
-    (*SHAPE, _GROUPED, _HEAD, UNTIED, SILU, rope(), Key("attention_bias", "bias", False), Like("mlp_bias", "attention_bias", False)),
-    _LLAMA,
+    (*SHAPE, GROUPED, _HEAD, UNTIED, SILU, rope(), Key("attention_bias", "bias", False), Like("mlp_bias", "attention_bias", False)),
+    LLAMA_TABLE,
     _IMPLIED,
 )
 MISTRAL = Architecture(
-    "mistral", "model.", decoder("Mistral", "score"), (*SHAPE, _GROUPED, _HEAD, UNTIED, SILU, rope(), _window(4096)), _LLAMA, PLAIN
+    "mistral", "model.", decoder("Mistral", "score"), (*SHAPE, GROUPED, _HEAD, UNTIED, SILU, rope(), _window(4096)), LLAMA_TABLE, PLAIN
 )
 QWEN2 = Architecture(
-    "qwen2", "model.", decoder("Qwen2", "score"), (*SHAPE, _GROUPED, _HEAD, UNTIED, SILU, rope(), *_FULL), _LLAMA,
+    "qwen2", "model.", decoder("Qwen2", "score"), (*SHAPE, GROUPED, _HEAD, UNTIED, SILU, rope(), *_FULL), LLAMA_TABLE,
     {**PLAIN, "qkv_bias": True},
 )  # fmt: skip
-_QWEN3 = (_GROUPED, Key("head_dim", "head_dim", 128, property="head_features"), UNTIED, SILU, rope(), Only("attention_bias", False))
+_QWEN3 = (GROUPED, Key("head_dim", "head_dim", 128, property="head_features"), UNTIED, SILU, rope(), Only("attention_bias", False))
 QWEN3 = Architecture(
-    "qwen3", "model.", decoder("Qwen3", "score"), (*SHAPE, *_QWEN3, *_FULL), _LLAMA, {**PLAIN, "qk_norm": True}
+    "qwen3", "model.", decoder("Qwen3", "score"), (*SHAPE, *_QWEN3, *_FULL), LLAMA_TABLE, {**PLAIN, "qk_norm": True}
 )  # fmt: skip
 QWEN3_MOE = Architecture(
     "qwen3_moe",
@@ -112,7 +112,7 @@ QWEN3_MOE = Architecture(
         Key("decoder_sparse_step", "moe_first_dense", 1, shift=1),  # the last of each group of layers has experts
         Only("mlp_only_layers", [], (None,)),
     ),
-    {**_LLAMA, **EXPERTS, **ROUTER},
+    {**LLAMA_TABLE, **EXPERTS, **ROUTER},
     {**PLAIN, "qk_norm": True},
 )
 MIXTRAL = Architecture(
@@ -120,82 +120,17 @@ MIXTRAL = Architecture(
     "model.",
     decoder("Mixtral", "score"),
     (
-        *SHAPE, _GROUPED, _HEAD, UNTIED, SILU, rope(1e6), _window(None),
+        *SHAPE, GROUPED, _HEAD, UNTIED, SILU, rope(1e6), _window(None),
         Key("num_local_experts", "experts", 8),
         Key("num_experts_per_tok", "experts_per_token", 2),
         Key("router_aux_loss_coef", "aux_loss", 0.001),
     ),
     {
-        **OUTSIDE, **_ATTENTION, **NORMS,
+        **OUTSIDE, **ATTENTION, **NORMS,
         **_experts("block_sparse_moe.experts", {"w1": "gate", "w2": "down", "w3": "up"}),
         f"{LAYER}.block_sparse_moe.gate.weight": "blocks.#.ffn.router.weight",
     },
     {**PLAIN, "normalise_gates": True},
-)  # fmt: skip
-
-_GEMMA_IMPLIED: Ours = {**PLAIN, "norm_less_one": True, "scale_embeddings": True}
-_GEMMA = (
-    *SHAPE,
-    _GROUPED,
-    Key("head_dim", "head_dim", 256, property="head_features"),
-    Key("tie_word_embeddings", "tie_embeddings", True),
-    rope(),
-    Only("attention_bias", False),
-)
-# The word gelu in Gemma's first files means its approximation, as it was trained with.
-_GELU = {"gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu_tanh"}
-GEMMA = Architecture(
-    "gemma", "model.", decoder("Gemma", "score"),
-    (*_GEMMA, Key("hidden_activation", "activation", "gelu_pytorch_tanh", _GELU, older="hidden_act")), _LLAMA, _GEMMA_IMPLIED,
-)  # fmt: skip
-
-
-def _alternating(settings: Settings) -> Ours:
-    """Gemma 2: every other layer attends over the window alone."""
-    layers, window = settings.get("num_hidden_layers"), settings.content.get("sliding_window", 4096)
-    expected = _kinds(layers)
-    if settings.get("layer_types", expected) != expected:
-        raise UserError(f"'layer_types' = {json.dumps(settings.get('layer_types'))} is not supported, expected {json.dumps(expected)}")
-    if not window or window >= settings.get("max_position_embeddings"):
-        return {}
-    return {"window": window, "global_every": 2 if layers > 1 else 0}
-
-
-def _kinds(layers: int) -> list[str]:
-    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
-
-
-def _gemma2_caps(settings: Settings) -> Ours:
-    caps = {"attention_cap": ("attn_logit_softcapping", 50.0), "output_cap": ("final_logit_softcapping", 30.0)}
-    return {ours: settings.content.get(theirs, default) or 0.0 for ours, (theirs, default) in caps.items()}
-
-
-GEMMA2 = Architecture(
-    "gemma2",
-    "model.",
-    decoder("Gemma2", "score"),
-    (
-        *_GEMMA,
-        Key("hidden_activation", "activation", "gelu_pytorch_tanh", {"gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu", "silu": "swiglu"}),
-        Both(_alternating, lambda config: {"sliding_window": config.window or config.positions, "layer_types": _kinds(config.layers)}),
-        Both(
-            _gemma2_caps,
-            lambda config: {
-                "attn_logit_softcapping": config.attention_cap or None, "final_logit_softcapping": config.output_cap or None
-            },
-        ),
-        Like("query_pre_attn_scalar", "head_dim", 256),
-    ),
-    {
-        **OUTSIDE,
-        **_ATTENTION,
-        **FEED_FORWARD,
-        f"{LAYER}.input_layernorm.weight": "blocks.#.attention_norm.weight",
-        f"{LAYER}.post_attention_layernorm.weight": "blocks.#.attention_output_norm.weight",
-        f"{LAYER}.pre_feedforward_layernorm.weight": "blocks.#.ffn_norm.weight",
-        f"{LAYER}.post_feedforward_layernorm.weight": "blocks.#.ffn_output_norm.weight",
-    },
-    {**_GEMMA_IMPLIED, "norm_place": "sandwich"},
 )  # fmt: skip
 
 _NEIGHBOURS = {f"{LAYER}.self_attn.{name}_proj.weight": Row((f"blocks.#.attention.{name}.weight",), NEIGHBOURS) for name in "qk"}
@@ -206,15 +141,15 @@ COHERE = Architecture(
     (
         *(setting for setting in SHAPE if setting != RMS_EPS),
         Key("layer_norm_eps", "norm_eps", 1e-5),
-        _GROUPED,
+        GROUPED,
         Key("tie_word_embeddings", "tie_embeddings", True),
         SILU,
         rope(),
-        Only("logit_scale", 1.0),
+        Key("logit_scale", "logit_scale", 0.0625),
         Only("use_qk_norm", False),
         Only("attention_bias", False),
     ),
-    {**_NEIGHBOURS, **_LLAMA},
+    {**_NEIGHBOURS, **LLAMA_TABLE},
     {"position": "rope", "bias": False, "block": "parallel_one_norm"},
 )
-LLAMAS = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GEMMA, GEMMA2, COHERE)
+LLAMAS = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, COHERE)

@@ -19,6 +19,7 @@ from teratron.checkpoint.huggingface.decoders import DECODERS
 from teratron.checkpoint.huggingface.deepseek import DEEPSEEKS
 from teratron.checkpoint.huggingface.encoder_decoders import ENCODER_DECODERS
 from teratron.checkpoint.huggingface.encoders import ENCODERS
+from teratron.checkpoint.huggingface.gemmas import GEMMAS
 from teratron.checkpoint.huggingface.layouts import Link
 from teratron.checkpoint.huggingface.llamas import LLAMAS
 from teratron.checkpoint.huggingface.settings import Architecture, Form, Settings
@@ -28,7 +29,7 @@ from teratron.checkpoint.source import Weights, tokenizer_in
 from teratron.checkpoint.stream import Entry
 from teratron.config import ModelConfig, UserError
 
-ARCHITECTURES: tuple[Architecture, ...] = (*LLAMAS, *DEEPSEEKS, *DECODERS, *ENCODERS, *ENCODER_DECODERS)
+ARCHITECTURES: tuple[Architecture, ...] = (*LLAMAS, *GEMMAS, *DEEPSEEKS, *DECODERS, *ENCODERS, *ENCODER_DECODERS)
 _BUFFERS = re.compile(r".*(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq|embeddings\.position_ids|\.attention\.(bias|masked_bias))")
 """Constants that files hold among the weights: causal masks, rotary frequencies, places."""
 _TABLES = re.compile(r"(model\.)?(en|de)coder\.embed_tokens\.weight|model\.shared\.weight")

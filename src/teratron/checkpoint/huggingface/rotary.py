@@ -33,7 +33,7 @@ def rope(theta: float = 10000.0, share: str = "") -> Both:
             said = settings.get(key, {})
             if not isinstance(said, dict):
                 raise _refused(key, said)
-            ours |= _scaling(key, said) if said else {}
+            ours |= scaling(key, said) if said else {}
             found = said.get("rope_theta", found)
             if said.get("partial_rotary_factor", 1) != 1 and not share:
                 raise _refused(key, said)
@@ -42,13 +42,14 @@ def rope(theta: float = 10000.0, share: str = "") -> Both:
         return {**ours, "rope_theta": found}
 
     def write(config: ModelConfig) -> dict[str, Any]:
-        said = {"rope_theta": config.rope_theta, "rope_scaling": _written(config)}
+        said = {"rope_theta": config.rope_theta, "rope_scaling": written_scaling(config)}
         return said | ({share: config.rope_share, "rotary_emb_base": config.rope_theta} if share else {})
 
     return Both(read, write)
 
 
-def _scaling(key: str, said: dict[str, Any]) -> Ours:
+def scaling(key: str, said: dict[str, Any]) -> Ours:
+    """The keys of a scaling of theirs. Raises `UserError` for one that is not known."""
     kind = said.get("rope_type", said.get("type", "default"))
     if kind == "default":
         return {}
@@ -64,7 +65,8 @@ def _refused(key: str, said: Any) -> UserError:
     return UserError(f"'{key}' = {json.dumps(said)} is not supported, expected null, or type default, {kinds} without further keys")
 
 
-def _written(config: ModelConfig) -> dict[str, Any] | None:
+def written_scaling(config: ModelConfig) -> dict[str, Any] | None:
+    """The way back; None = no scaling of theirs."""
     if config.rope_scaling not in _KEYS:
         return None
     kind, usual = config.rope_scaling, {"rope_fast": 32.0, "rope_slow": 1.0, "rope_sharpness": 0.0} if config.rope_scaling == "yarn" else {}

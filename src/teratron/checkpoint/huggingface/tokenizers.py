@@ -10,7 +10,7 @@ from teratron.checkpoint.format import write_synced
 from teratron.checkpoint.source import Weights
 from teratron.config import UserError
 from teratron.data.special import find_role
-from teratron.data.tokenizer import CharTokenizer, Tokenizer
+from teratron.data.tokenizer import CharTokenizer, Tokenizer, save_template
 
 _ROLES = {"cls_token": "cls", "sep_token": "sep", "mask_token": "mask", "pad_token": "pad", "unk_token": "unknown"}
 
@@ -18,6 +18,7 @@ _ROLES = {"cls_token": "cls", "sep_token": "sep", "mask_token": "mask", "pad_tok
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, length: int) -> None:
     """Write a tokenizer's files; length: tokens of the longest text."""
     tokenizer.save(folder)
+    save_template(tokenizer, folder)
     if tokenizer.kind in ("bytes", "chars"):
         for name in ("bytes.json", "chars.json"):
             (folder / name).unlink(missing_ok=True)

@@ -44,7 +44,7 @@ class Answer(Task):
 
     name = "answer"
     summary = "the span of a text that answers a question, or none; long texts by pieces with --stride"
-    families = ("encoder", "gpt")
+    families = ("encoder", "gpt", "xlnet")
     takes = ("stride",)
     objective = "pointing"
     columns: ClassVar[Mapping[str, Sequence[str]]] = {

@@ -25,7 +25,7 @@ class Choose(Task):
 
     name = "choose"
     summary = "the right one of several choices"
-    families = ("encoder", "gpt")
+    families = ("encoder", "gpt", "xlnet")
     objective = "pointing"
     columns: ClassVar[Mapping[str, Sequence[str]]] = {
         "question": ("question", "query", "ctx", "prompt", "text", "goal"),

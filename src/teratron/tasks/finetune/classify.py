@@ -54,12 +54,14 @@ class Classify(Task):
 
     def keys(self) -> dict[str, object]:
         pooled = {"objective.name": "pooled"} if self.facts["pooled"] else {}
-        return {"model.head": "classes", "model.classes": len(self.facts["labels"]), **pooled}
+        keys = {"model.head": "classes", "model.classes": len(self.facts["labels"]), "model.class_bias": self.facts["bias"]}
+        return {**keys, **pooled}
 
     def examples(self, rows: Sequence[Row], coder: Coder) -> list[Example]:
         labels = {label: number for number, label in enumerate(self.facts["labels"])}
         weights = weights_of(self.facts["counts"], self.options.class_weights)
-        self.facts["pooled"] = coder.config.family == "encoder" and not coder.config.pooler
+        self.facts["bias"] = coder.config.family != "gpt"  # decoders of other systems that classify texts have none
+        self.facts["pooled"] = coder.config.family in ("encoder", "xlnet") and not coder.config.pooler
         pieces = self._pieces(rows, coder)
         return [
             self._example(piece, labels[str(row["label"])], weights[labels[str(row["label"])]] / len(found), coder)

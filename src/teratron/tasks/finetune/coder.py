@@ -29,17 +29,17 @@ class Framed:
 
 
 class Coder:
-    """Encodes for one model. Encoders read [CLS] a [SEP] b [SEP], decoders a <end> b <end>, the encoder of T5 a <end> b <end>."""
+    """Encodes for one model. Encoders read [CLS] a [SEP] b [SEP], decoders, XLNet and the encoder of T5 a <end> b <end>."""
 
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig, length: int) -> None:
         """length: of the longest sequence, in tokens. Raises `UserError` for a tokenizer without the tokens of the frame."""
         self.tokenizer, self.config, self.length = tokenizer, config, length
         self.cls = self._role("cls") if config.family == "encoder" else None
-        end = self._role("sep") if config.family != "gpt" else tokenizer.eod
+        end = self._role("sep") if config.family in ("encoder", "encoder_decoder") else tokenizer.eod
         self.start = self._role("pad") if config.family == "encoder_decoder" else None
         """What a decoder that answers an encoder begins with."""
         if end is None:
-            raise UserError("this tokenizer has no end-of-document token, which ends what a decoder reads: choose a model that has one")
+            raise UserError("this tokenizer has no end-of-document token, which ends what this model reads: choose a model that has one")
         self.end = end
 
     def _role(self, role: str) -> int:

@@ -34,7 +34,7 @@ class Embed(Task):
 
     name = "embed"
     summary = "vectors of texts, for similarity and retrieval"
-    families = ("encoder", "gpt")
+    families = ("encoder", "gpt", "xlnet")
     objective = "similar"
     columns: ClassVar[Mapping[str, Sequence[str]]] = {
         "text": ("anchor", "sentence1", "premise", "question1", "query", "question", "text", "sentence", "source"),

@@ -187,8 +187,8 @@ def _config(job: Job, task: Task, source: Weights, examples: Mapping[str, Sequen
     keys: dict[str, Any] = {f"model.{part.name}": getattr(model, part.name) for part in fields(model)}
     keys |= {f"objective.{part.name}": getattr(begun, part.name) for part in fields(begun)}
     keys |= {"model.seq_length": max(most, model.window), "model.max_positions": model.positions, "model.dropout": 0.1}
-    keys |= {"model.head": "language", "model.classes": 0}
-    keys |= {"model.attention_dropout": 0.0, "model.predict_tokens": 1}
+    keys |= {"model.head": "language", "model.classes": 0, "model.class_bias": True}
+    keys |= {"model.attention_dropout": 0.0, "model.predict_tokens": 1, "model.recurrence": 0}
     keys |= {"objective.name": task.objective, "objective.sentence": "none", "data.examples": str(run / EXAMPLES)}
     keys |= {"optim.lr": usual_lr(model.hidden, bool(job.overrides.get("model.adapter_rank", model.adapter_rank)))}
     keys |= {"optim.schedule": "linear", "optim.warmup_steps": max(1, steps // 10), "optim.weight_decay": 0.01, "optim.beta2": 0.98}

@@ -36,7 +36,7 @@ class Tag(Task):
 
     name = "tag"
     summary = "entities: a BIO tag for each word; long sentences by pieces with --stride"
-    families = ("encoder", "gpt")
+    families = ("encoder", "gpt", "xlnet")
     takes = ("stride", "class_weights")
     objective = "classes"
     columns: ClassVar[Mapping[str, Sequence[str]]] = {"words": ("words", "tokens"), "tags": ("tags", "ner_tags", "labels")}

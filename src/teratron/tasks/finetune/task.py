@@ -76,7 +76,7 @@ class Task:
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    families: ClassVar[tuple[str, ...]] = ("encoder", "gpt", "encoder_decoder")
+    families: ClassVar[tuple[str, ...]] = ("encoder", "gpt", "encoder_decoder", "xlnet")
     objective: ClassVar[str]
     columns: ClassVar[Mapping[str, Sequence[str]]]
     """The task's own names of columns and the usual ones, the likeliest first."""

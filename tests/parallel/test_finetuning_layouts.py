@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
 import pytest
-from cases import KEYS, Keys, Learnt, Outcome, assert_same_training, layout, outcome, share
-from pool import pool
+from cases import KEYS, Keys, Learnt, layout
+from prepared import STEPS, assert_layout_invisible, engine_of, learn
 
-from teratron.config import Config, UserError
+from teratron.config import UserError
 from teratron.data.examples import Example, Examples
 from teratron.data.special import SpecialTokens
-from teratron.parallel.mesh import Mesh, check_layout, mesh_sizes
-from teratron.train.engine import Engine
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-VOCAB, STEPS = 40, 3
+VOCAB = 40
 SEGMENTS = {"similar": 4, "preferred": 2}
 BASE: Keys = {**KEYS, "model.seq_length": 32, "model.vocab_size": VOCAB, "data.examples": "made here", "optim.clip": 0.01}
 ENCODER: Keys = {**BASE, "model.family": "encoder", "model.token_types": 2, "model.norm_place": "post", "model.embedding_norm": True}
 T5: Keys = {**BASE, "model.family": "encoder_decoder", "model.position": "relative", "model.norm": "rmsnorm"}
+XLNET: Keys = {**BASE, "model.family": "xlnet", "model.position": "transformer_xl", "model.attention_dropout": 0.3}
 LLAMA: Keys = {**BASE, "model.position": "rope", "model.norm": "rmsnorm", "model.activation": "swiglu", "model.kv_heads": 2}
 CLASSES: Keys = {"objective.name": "classes", "model.head": "classes", "model.classes": 3, "objective.label_smoothing": 0.1}
 POINTING: Keys = {"objective.name": "pointing", "model.head": "classes", "model.classes": 2}
@@ -32,9 +30,11 @@ ALL: dict[str, Keys] = {
     "classes-pooled": {**ENCODER, **CLASSES, "model.pooler": True},
     "classes-gpt": {**LLAMA, **CLASSES},
     "classes-t5": {**T5, **CLASSES},
+    "classes-xlnet": {**XLNET, **CLASSES},
     "pooled": {**ENCODER, **CLASSES, "objective.name": "pooled"},
     "pointing": {**ENCODER, **POINTING},
     "pointing-gpt": {**LLAMA, **POINTING, "model.classes": 1},
+    "pointing-xlnet": {**XLNET, **POINTING, "model.classes": 1},
     "similar": {**ENCODER, **SIMILAR},
     "similar-gpt": {**LLAMA, **SIMILAR},
     "preferred": {**LLAMA, "objective.name": "preferred"},
@@ -80,30 +80,10 @@ def _stream(keys: Keys, lengths: np.ndarray, draw: np.random.Generator) -> dict[
 
 
 def train_on_examples(rank: int, ranks: int, keys: dict[str, Any]) -> Learnt:
-    """Some steps on one rank; what it learnt, and the pieces of the state that it holds."""
-    config = Config().override(keys)
-    check_layout(config.model, config.parallel)
-    engine = Engine(config, Mesh(mesh_sizes(config.parallel, ranks), rank))
-    engine.optimizer.initialise(config.train.seed)
-    count = config.train.global_batch
-    held = Examples.of([example(keys, number) for number in range((STEPS + 1) * count)])
-    losses, norms = [], []
-    for step in range(1, STEPS + 1):
-        batch = engine.objective.prepare(held, np.arange(count) + step * count, SpecialTokens(VOCAB))
-        tally, norm = engine.step(share(engine, batch), step=step, number=step, lr=config.optim.lr)
-        losses.append(tally.loss())
-        norms.append(float(norm))
-    return losses, norms, engine.optimizer.pieces()
-
-
-@functools.cache
-def single_process(kind: str) -> Outcome:
-    return outcome([train_on_examples(0, 1, ALL[kind])])
-
-
-def assert_layout_invisible(ranks: int, places: str, kind: str, **more: Any) -> None:
-    keys = {**ALL[kind], **layout(places), **more}
-    assert_same_training(outcome(pool().run(train_on_examples, ranks, keys)), single_process(kind), keys)
+    """As a run of `teratron finetune` does."""
+    engine = engine_of(rank, ranks, keys)
+    held = Examples.of([example(keys, number) for number in range((STEPS + 1) * engine.config.train.global_batch)])
+    return learn(engine, held, SpecialTokens(VOCAB))
 
 
 FIRST = [
@@ -116,7 +96,7 @@ FIRST = [
 
 @pytest.mark.parametrize(("ranks", "places", "kind"), FIRST)
 def test_a_layout_is_the_single_process(ranks: int, places: str, kind: str) -> None:
-    assert_layout_invisible(ranks, places, kind)
+    assert_layout_invisible(ranks, places, ALL[kind], train=train_on_examples)
 
 
 @pytest.mark.slow
@@ -135,16 +115,15 @@ def test_a_layout_is_the_single_process(ranks: int, places: str, kind: str) -> N
     ],
 )
 def test_every_kind_on_every_layout(ranks: int, places: str, kind: str) -> None:
-    refused = ("context" in places and kind.startswith(WHOLE)) or ("ring" in places and kind.endswith("t5"))
+    refused = ("context" in places and (kind.startswith(WHOLE) or kind.endswith("xlnet"))) or ("ring" in places and kind.endswith("t5"))
     if refused:
         with pytest.raises(UserError, match="parallel"):
             train_on_examples(0, 1, {**ALL[kind], **layout(places)})
         return
-    assert_layout_invisible(ranks, places, kind, **({"train.micro_batch": 2} if "pipeline" in places else {}))
+    assert_layout_invisible(ranks, places, ALL[kind], {"train.micro_batch": 2} if "pipeline" in places else {}, train_on_examples)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ALL)
 def test_recomputation_and_micro_batches_change_nothing(kind: str) -> None:
-    keys = {**ALL[kind], "train.micro_batch": 2, "train.recompute": "full"}
-    assert_same_training(outcome([train_on_examples(0, 1, keys)]), single_process(kind), keys)
+    assert_layout_invisible(1, "", ALL[kind], {"train.micro_batch": 2, "train.recompute": "full"}, train_on_examples)
