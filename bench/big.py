@@ -31,7 +31,6 @@ from teratron.config import Config, ModelConfig
 from teratron.generate import Decoder, Sampling, TokenStream
 from teratron.models import build_model, parameter_count, parts_of
 from teratron.parallel.mesh import Mesh
-from teratron.parallel.offload import home_of
 from teratron.train.device import keep_freed_memory, optimizer_bytes, state_bytes
 from teratron.train.engine import Engine
 
@@ -141,7 +140,7 @@ def trained(args: argparse.Namespace) -> dict[str, float]:
     )
     keep_freed_memory()
     begun = time.perf_counter()
-    engine = Engine(config, Mesh(), home=home_of(config.parallel, torch.device("cpu"), args.folder))
+    engine = Engine(config, Mesh(), folder=args.folder)
     engine.optimizer.initialise(config.train.seed)
     seconds, updates = [time.perf_counter() - begun], list[float]()
     for step in range(1, args.steps + 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,19 +17,21 @@ from teratron.config import ParallelConfig, UserError
 from teratron.parallel.boxes import nothing
 from teratron.parallel.mesh import Mesh
 from teratron.parallel.offload import Disk, Home, HostMemory, home_of
+from teratron.plan.dryrun import dry_run
+from teratron.train import engine, stash
 from teratron.train.engine import Engine
 from teratron.train.trainer import Trainer
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
-def learnt(keys: Keys, home: Home) -> Learnt:
+def learnt(keys: Keys, home: Home | None) -> Learnt:
     """What a few steps of a single process come to."""
     config = config_of(keys)
-    engine = Engine(config, Mesh(), home=home)
-    engine.optimizer.initialise(config.train.seed)
-    done = [engine.step(share(engine, batch_of(config, step)), step=step, number=step, lr=0.01) for step in (1, 2, 3)]
-    return [tally.loss() for tally, _ in done], [float(norm) for _, norm in done], engine.optimizer.pieces()
+    made = Engine(config, Mesh(), home=home)
+    made.optimizer.initialise(config.train.seed)
+    done = [made.step(share(made, batch_of(config, step)), step=step, number=step, lr=0.01) for step in (1, 2, 3)]
+    return [tally.loss() for tally, _ in done], [float(norm) for _, norm in done], made.optimizer.pieces()
 
 
 def of_rank(rank: int, ranks: int, keys: Keys) -> Learnt:
@@ -72,6 +75,22 @@ def test_ranks_that_share_the_state_compute_the_same(tmp_path: Path, sharded: st
     assert_identical(found, expected)
 
 
+@pytest.mark.parametrize("recomputed", ["none", "selective", "full"])
+@pytest.mark.parametrize("where", ["disk", "host"])
+def test_activations_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, recomputed: str) -> None:
+    """Over several micro-batches, with dropout; a test's small tensors go out too."""
+    monkeypatch.setattr(stash, "LEAST", 1)
+    keys: Keys = {"train.micro_batch": 2, "train.recompute": recomputed, "train.precision": "fp32"}
+    home = Disk("cpu", tmp_path) if where == "disk" else HostMemory("cpu")
+    made = []
+    monkeypatch.setattr(home, "keep", lambda kept, changed: made.append(type(home).keep(home, kept, changed)))
+    plain = outcome([learnt(keys, Home())])
+    monkeypatch.setattr(engine, "home_of", lambda *_: home)
+    assert_identical(outcome([learnt(keys, None)]), plain)
+    blocks, steps, micro_batches = 2, 3, 4
+    assert len(made) >= blocks * steps * micro_batches
+
+
 def test_a_run_goes_on_with_and_without(tmp_path: Path) -> None:
     """Files, then memory, then files again, each from a checkpoint of the other: the run that had none."""
     text = write_text(tmp_path / "text.txt")
@@ -113,3 +132,11 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         home_of(ParallelConfig(offload="disk", offload_folder=str(tmp_path / "nowhere")), cpu, tmp_path)
     with pytest.raises(UserError, match=r"no file of [\d,]+ MiB can be made.*parallel.offload_folder"):
         Disk(cpu, tmp_path).zeros(2**50, torch.float32)
+
+
+def test_a_dry_run_tells_what_lies_elsewhere() -> None:
+    """Of bfloat16 weights: twelve bytes a parameter that the device has no more."""
+    keys: Keys = {"train.precision": "bf16"}
+    found, expected = (dry_run(config_of(keys | more), 1, 0, partial(Engine, home=Home())) for more in ({"parallel.offload": "disk"}, {}))
+    assert found.state["offloaded"] == found.peak["offloaded"] == expected.state["optimizer"] > 0
+    assert expected.total - found.total == found.state["offloaded"]

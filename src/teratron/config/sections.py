@@ -149,8 +149,10 @@ class ParallelConfig(Section):
     """Numbers in which gradients of half types are summed over the data ranks; fp32 and fp64 gradients are never rounded."""
     offload: Literal["none", "cpu", "disk"] = key("none")
     """Where master weights and the optimizer's state lie between updates: on the device, in host memory beside a GPU, or in files."""
+    offload_activations: Literal["none", "cpu", "disk"] = key("none")
+    """Where what blocks keep for the backward pass lies until then; with train.recompute = full that is only what goes into them."""
     offload_folder: str = key("")
-    """Folder on a fast local disk for the files of parallel.offload = disk; empty = the run's own."""
+    """Folder on a fast local disk for files of what is kept on disk; empty = the run's own."""
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ class HostMemory(Home):
     def keep(self, kept: Tensor, changed: Tensor) -> None:
         if changed is kept:
             return
+        self.coming.pop(kept.data_ptr(), None)  # it is not that any more
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             changed.record_stream(self.stream)
@@ -145,7 +146,7 @@ class Disk(Home):
                 os.unlink(name)
         except OSError as error:
             raise UserError(
-                f"parallel.offload = disk: {self.folder}: no file of {size / 2**20:,.0f} MiB can be made ({error.strerror or error}): "
+                f"parallel.offload*: {self.folder}: no file of {size / 2**20:,.0f} MiB can be made ({error.strerror or error}): "
                 "free some space, or name a folder on another disk with parallel.offload_folder"
             ) from None
         self._files[tensor.data_ptr()] = number
@@ -198,18 +199,17 @@ def _reserve(number: int, size: int) -> None:
         os.ftruncate(number, size)
 
 
-def home_of(parallel: ParallelConfig, device: torch.device, folder: Path) -> Home:
-    """What `parallel.offload` asks for; folder: where files lie unless `parallel.offload_folder` says so.
+def home_of(parallel: ParallelConfig, device: torch.device, folder: Path, key: str = "offload") -> Home:
+    """What a key of `parallel.*` asks for; folder: where files lie unless `parallel.offload_folder` says so.
 
     Raises `UserError` for what makes no sense on the device, and for a folder that is not there.
     """
-    if parallel.offload == "none":
+    where = getattr(parallel, key)
+    if where == "none":
         return Home(device)
-    if parallel.offload == "cpu":
+    if where == "cpu":
         if device.type == "cpu":
-            raise UserError(
-                "parallel.offload = cpu on a CPU, where the state lies already: choose --parallel.offload disk, or leave it out"
-            )
+            raise UserError(f"parallel.{key} = cpu on a CPU, where it lies already: choose --parallel.{key} disk, or leave it out")
         return HostMemory(device)
     folder = Path(parallel.offload_folder or folder)
     if not folder.is_dir():

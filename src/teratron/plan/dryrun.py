@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,9 @@ from teratron.plan.imagined import ImaginedMesh
 from teratron.plan.layout import assumed_vocabulary
 from teratron.plan.meter import OPTIMIZER, Deed, Message, Meter
 
-STATE = ("weights", "gradients", "optimizer")
+OFFLOADED = "offloaded"
+"""Memory that is not the device's (`parallel.offload`)."""
+STATE = ("weights", "gradients", "optimizer", OFFLOADED)
 """Kinds of memory that stay between steps."""
 
 
@@ -72,7 +74,7 @@ class DryRun:
     @property
     def total(self) -> int:
         """Bytes at the peak."""
-        return sum(self.peak.values())
+        return on_device(self.peak)
 
 
 def dry_run(
@@ -98,7 +100,7 @@ def dry_run(
         _assume_load(engine, load)
         label_state(meter, engine)
         engine.flat.publish(frozen=False)  # as the step before has left it
-        state = {kind: meter.now.memory[kind] for kind in STATE}
+        state = {kind: meter.now.memory[kind] for kind in STATE if meter.now.memory[kind] or kind != OFFLOADED}
         rows = config.largest_batch // mesh.data.size
         batch = fake_batch(engine.objective, config, rows)
         meter.label("batch", batch.values())
@@ -110,18 +112,24 @@ def dry_run(
     return DryRun(config, mesh.sizes, rank, rows // (config.train.micro_batch or rows), state, _present(meter.peak), work, messages)
 
 
+def on_device(memory: Mapping[str, int]) -> int:
+    """Bytes of all kinds of memory that the device has."""
+    return sum(memory.values()) - memory.get(OFFLOADED, 0)
+
+
 def _present(memory: Counter[str]) -> dict[str, int]:
     return {kind: size for kind, size in memory.items() if size}
 
 
 def label_state(meter: Meter, engine: Any) -> None:
     """Tell a meter what the buffers of an engine are for."""
+    kept = "optimizer" if engine.config.parallel.offload == "none" else OFFLOADED
     for bucket in engine.flat.buckets:
         meter.label("weights", [bucket.weights, bucket.shard])
-        meter.label("optimizer", [bucket.master])
+        meter.label(kept, [bucket.master])
         others = [value for value in vars(bucket).values() if isinstance(value, Tensor)]
         meter.label("gradients", others)
-    meter.label("optimizer", [moment for moments in engine.optimizer.state.values() for moment in moments])
+    meter.label(kept, [moment for moments in engine.optimizer.state.values() for moment in moments])
 
 
 def fake_batch(objective: Objective, config: Config, rows: int) -> Batch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
-from teratron.plan.dryrun import STATE, DryRun
+from teratron.plan.dryrun import STATE, DryRun, on_device
 from teratron.plan.layout_text import degrees_line, model_line
 
 GIB = 2**30
@@ -13,6 +13,7 @@ NAMES = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "optimizer and masters",
+    "offloaded": "optimizer and masters, elsewhere",
     "activations": "activations",
     "communication": "communication buffers",
     "batch": "batch",
@@ -26,7 +27,7 @@ def dry_run_text(found: DryRun, memory: float | None = None) -> str:
     head = [model_line(config.model), degrees_line(found.sizes)]
     head += [f"rank {found.rank:,}, {found.micro_batches:,} micro-batches a step in {config.train.precision}", "", verdict(found, memory)]
     rows = [(NAMES[kind], gib(found.peak[kind]), gib(found.state[kind]) if kind in STATE else "") for kind in NAMES if kind in found.peak]
-    rows += [("in all", gib(found.total), gib(sum(found.state.values())))]
+    rows += [("in all on the device" if "offloaded" in found.peak else "in all", gib(found.total), gib(on_device(found.state)))]
     memory_table = table(("memory in GiB", "at the peak", "between steps"), rows)
     work = f"{found.flops:,} floating-point operations a step ({found.flops / 1e12:,.1f} T)"
     return "\n".join([*head, "", *memory_table, "", work, "", *messages(found)])

@@ -30,10 +30,10 @@ from teratron.parallel.offload import Home, home_of
 from teratron.parallel.pipeline import Channels, Runtime
 from teratron.parallel.schedule_check import check
 from teratron.parallel.schedules import build_schedule
-from teratron.parallel.spans import UPDATE, span
 from teratron.parallel.stages import chunk_count, cut_stages
 from teratron.train.device import compile_blocks
 from teratron.train.recompute import recompute
+from teratron.train.stash import stash
 
 
 class Engine:
@@ -48,9 +48,13 @@ class Engine:
         mesh: Mesh,
         device: str | torch.device = "cpu",
         objective: Objective | None = None,
+        folder: Path | None = None,
         home: Home | None = None,
     ) -> None:
-        """objective: None = the config's own. home: where masters and moments lie; None = as `parallel.offload` says."""
+        """objective: None = the config's own. folder: for files of what is kept on disk; None = that of temporary files.
+
+        home: where all lies that may lie elsewhere; None = as `parallel.offload` and `parallel.offload_activations` say.
+        """
         check_batch(config, mesh.data.size)
         self.config, self.mesh, self.device = config, mesh, torch.device(device)
         self.objective = objective or build_objective(config)
@@ -64,8 +68,9 @@ class Engine:
             models = list(self.stages.stages().values())
             use_float8(models, config.train.fp8_scaling, config.train.fp8_except, self.device)
         freeze(self.stages, config.optim)
-        home = home or home_of(config.parallel, self.device, Path(tempfile.gettempdir()))
-        self.flat = FlatModel(self.stages, mesh, config.parallel, home)
+        folder = folder or Path(tempfile.gettempdir())
+        self.flat = FlatModel(self.stages, mesh, config.parallel, home or home_of(config.parallel, self.device, folder))
+        away = home or home_of(config.parallel, self.device, folder, "offload_activations")
         self.optimizer = build_optimizer(self.flat, config.optim, config.train.seed)
         self.channels = Channels.of(mesh)
         self._runtimes: dict[int, Runtime] = {}
@@ -74,6 +79,8 @@ class Engine:
             if config.train.compile:
                 compile_blocks(model, self.device)
             recompute(model, config.train.recompute, config.train.recompute_every)
+            if away.apart:
+                stash(model, away)
             if mesh.world > 1:
                 self._tell_units(model)
 
@@ -111,7 +118,7 @@ class Engine:
         after the update.
         """
         work = self.passes(batch, step=step, loss_scale=loss_scale)
-        with span(UPDATE), around or nullcontext():
+        with around or nullcontext():
             norm = self.optimizer.step(number, lr, loss_scale)
         if work.loads and self.config.model.router_balance == "bias" and not self.config.model.adapter_rank:
             rate = norm.isfinite() * torch.full_like(norm, self.config.model.bias_rate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,10 @@ def recompute(model: Model, mode: str, every: int) -> None:
             module.forward = _recomputed(module.forward)  # type: ignore[method-assign]
 
 
+def _of_state(forward: Callable[..., Any], names: tuple[str, ...], others: tuple[Any, ...], *values: Any) -> Any:
+    return forward(dict(zip(names, values, strict=True)), *others)
+
+
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     # torch.compile gives up on checkpoints of modules with state: it compiles what is inside, and what is around.
     # Masks are functions of coordinates: there is no generator whose state would have to be brought back.
@@ -29,6 +34,10 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*inputs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*inputs)
-        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+        if not isinstance(inputs[0], dict):
+            return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+        names, values = zip(*inputs[0].items(), strict=True)  # one by one, so that what is kept of them may lie elsewhere
+        again = functools.partial(_of_state, forward, names, inputs[1:])
+        return checkpoint(again, *values, use_reentrant=False, preserve_rng_state=False)
 
     return run
