@@ -19,10 +19,12 @@ from teratron.models import load_parts, parameter_count
 from teratron.parallel.mesh import Mesh
 from teratron.train.device import keep_freed_memory
 from teratron.train.engine import Engine
+from teratron.train.float32 import choose_float32_products
 
 
 def train(job: Job, gate: Gate) -> None:
     keep_freed_memory()
+    choose_float32_products()
     folder, size = Path(job.folder), job.batch
     device, dataset, checks = torch.device(job.device), IndexedDataset(folder / "tokens"), np.load(folder / "checks.npy")
     samples = NativeSamples(dataset, 0, dataset.total_tokens, job.shape.seq_length, SEED)

@@ -16,7 +16,7 @@ from teratron.models.products import emulated, linear
 
 CHUNK_LOGITS = 2**22
 """Logits of one chunk (rows times vocabulary): 16 MiB in float32."""
-CHUNK_ROWS = 256
+CHUNK_ROWS = 512
 """Least rows of a chunk: with fewer the products, and the passes over the weight's gradient, grow slow."""
 
 

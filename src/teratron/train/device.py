@@ -24,6 +24,7 @@ from teratron.parallel.device import DTYPES
 from teratron.parallel.mesh import Mesh
 from teratron.parallel.stages import cut_stages
 from teratron.parallel.worker import this_worker
+from teratron.train.float32 import by_onednn
 
 
 def set_deterministic(wanted: bool) -> None:
@@ -46,11 +47,12 @@ def keep_freed_memory() -> None:
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """The device in words, such as `cpu: AMD EPYC, 2 threads`, and whether it widens numbers of the run's type."""
+    """The device in words, such as `cpu: AMD EPYC, 2 threads`, and which products it chose for the run's type."""
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
-    widened = ", which multiplies them as float32" if emulated(torch.empty(0, dtype=dtype)) else ""
-    return f"cpu: {_processor()}, {torch.get_num_threads()} threads{widened}"
+    chosen = ", which multiplies them as float32" if emulated(torch.empty(0, dtype=dtype)) else ""
+    chosen += ", float32 products by oneDNN" if by_onednn() else ""
+    return f"cpu: {_processor()}, {torch.get_num_threads()} threads{chosen}"
 
 
 def _processor() -> str:

@@ -32,11 +32,11 @@ from teratron.objectives import Batch, Tally, build_objective
 from teratron.optim import LossScale, learning_rate, optim_at
 from teratron.parallel.device import DTYPES, choose_device
 from teratron.parallel.mesh import Mesh, check_layout, describe_layout, mesh_sizes
-from teratron.parallel.offload import home_of
 from teratron.parallel.spans import DATA, span
 from teratron.parallel.worker import PREEMPTED, connect, disconnect, take_restarts, telling, this_worker
 from teratron.train.device import check_memory, describe, keep_freed_memory, measure_peak, set_deterministic
 from teratron.train.engine import Engine, check_batch, micro_batches
+from teratron.train.float32 import choose_float32_products
 from teratron.train.guard import Guard
 from teratron.train.interrupt import Interrupt
 from teratron.train.live import Live, live_lr, live_optim, not_overridden
@@ -116,6 +116,7 @@ class Trainer:
             config = continue_config(self.run, config, self.console.say)
             set_deterministic(config.train.deterministic)
             keep_freed_memory()
+            choose_float32_products()
             self._open(config)
             self._check()
             self.examine = self._together(lambda: self._examined_by(examiner))
@@ -168,8 +169,7 @@ class Trainer:
             raise UserError(f"train.steps = {config.train.steps} is below step {self.state.step}, where the checkpoint stands: raise it")
         check_layout(self.config.model, self.config.parallel, self.mesh.world)
         self._together(lambda: check_memory(self.config, self.mesh, self.device))
-        home = self._together(lambda: home_of(self.config.parallel, self.device, self.run))
-        self.engine = Engine(self.config, self.mesh, self.device, home=home)
+        self.engine = Engine(self.config, self.mesh, self.device, folder=self.run)
         self.optimizer = self.engine.optimizer
         self._restore(checkpoint)
         self.guard = Guard(self.run, self.engine, self.console.say)

@@ -23,6 +23,7 @@ from teratron.plan.layout import assumed_vocabulary
 from teratron.train.breakdown import KINDS
 from teratron.train.device import check_memory, keep_freed_memory, measure_peak, set_deterministic, synchronize
 from teratron.train.engine import Engine, check_batch
+from teratron.train.float32 import choose_float32_products
 from teratron.train.profiling import traced
 from teratron.train.timing import memory_in_use
 
@@ -80,6 +81,7 @@ class Trial:
         check_memory(self.config, self.mesh, self.device)
         set_deterministic(config.train.deterministic)
         keep_freed_memory()
+        choose_float32_products()
         self.engine = Engine(self.config, self.mesh, self.device)
         self.engine.optimizer.initialise(config.train.seed)
         needs = self.engine.objective.needs
