@@ -65,7 +65,7 @@ def teratron(text: Path, preset: str, run: Path, seed: int, threads: int) -> dic
     """Seconds of the whole command, and the held-out loss that it ended with."""
     command = ["-m", "teratron", "train", preset, "--data.text", str(text), "--run", str(run), "--train.seed", str(seed), "--device", "cpu"]
     seconds, _ = timed(command, threads)
-    history = read_history(run)
+    history = read_history(run / "metrics.jsonl")
     return {"seconds": seconds, "loss": history.of_kind("eval")[-1]["loss"], "steps": history.last("step")}
 
 

@@ -1,8 +1,8 @@
 """nanoGPT's CPU recipe for Shakespeare, from the text on: `python -m contenders.nanogpt_shakespeare TEXT FOLDER LOSS SEED`.
 
-Its settings, initial values, loop, logging, estimates of losses and checkpoints; written anew after its README and train.py. Each
-`LOOK` steps a clock of its own stops while the loss of the whole validation split is computed, until that is at most LOSS. The last line of
-output: that loss, the steps, and the seconds that the clock stood still.
+Its settings, initial values, loop, logging, estimates of losses and checkpoints; written anew after its README and train.py. After each
+of its estimates a clock of its own stops while the loss of the whole validation split is computed, until that is at most LOSS. The last
+line of output: that loss, the steps, and the seconds that the clock stood still.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from contenders.nanogpt import GPT2
 LENGTH, BATCH, STEPS, WARMUP = 64, 12, 2000, 100
 RATE, LAST_RATE, BETAS, DECAY, CLIP = 1e-3, 1e-4, (0.9, 0.99), 0.1, 1.0
 ESTIMATE_EVERY, ESTIMATES = 250, 20
-LOOK = 50
 
 
 def main() -> None:
@@ -67,7 +66,7 @@ def learn(model: nn.Module, splits: dict[str, np.ndarray], folder: Path, target:
             if losses["val"] < best and step > 0:
                 best = losses["val"]
                 torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "ckpt.pt")
-        if step and step % LOOK == 0:
+        if step and step % ESTIMATE_EVERY == 0:
             begun = time.perf_counter()
             loss = whole_loss(model, splits["val"])
             still += time.perf_counter() - begun
