@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ def generated(args: argparse.Namespace) -> dict[str, float]:
 
 
 def trained(args: argparse.Namespace) -> dict[str, float]:
-    """Steps of one sequence of random tokens; of the last one's update also the time."""
+    """Steps of one sequence of random tokens: medians of all but the first one, and of their updates."""
     model = model_of(args)
     config = Config(model=model).override(
         {
@@ -148,11 +149,11 @@ def trained(args: argparse.Namespace) -> dict[str, float]:
         tally, norm = engine.step(batch_of(model, step), step=step, number=step, lr=1e-4, around=timed(updates))
         seconds.append(time.perf_counter() - begun)
         print(f"step {step}: loss {tally.loss():.3f}, norm {float(norm):.3f}, {seconds[-1]:.1f} s", file=sys.stderr)
-    parameters = count(model)
+    parameters, later = count(model), max(1, args.steps - 1)  # the first update reads files that hold nothing yet
     return {
         "start_seconds": seconds[0],
-        "step_seconds": min(seconds[1:]),
-        "update_seconds": min(updates),
+        "step_seconds": median(seconds[-later:]),
+        "update_seconds": median(updates[-later:]),
         "state_gb": parameters * state_bytes(config, 1) / 1e9,
         "offloaded_gb": parameters * optimizer_bytes(config, 1) / 1e9 * (args.offload != "none"),
         "loss": tally.loss(),
