@@ -7,7 +7,9 @@ is not needed for now, so that the way there and back goes on beside the update 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import shutil
 import sys
 import tempfile
 import weakref
@@ -138,6 +140,8 @@ class Disk(Home):
         if not size:
             return torch.zeros(count, dtype=dtype)
         try:
+            if shutil.disk_usage(self.folder).free < size:  # some systems would find out by writing until the disk is full
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             number, name = tempfile.mkstemp(prefix=".offload-", dir=self.folder)
             try:
                 _reserve(number, size)
