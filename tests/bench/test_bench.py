@@ -123,7 +123,7 @@ def test_race_measures_every_contender() -> None:
 
 def test_contender_that_dies_says_why() -> None:
     workload = replace(tiny("char"), batch=0)
-    with pytest.raises(UserError, match=r"teratron ended with exit code 1.*[Bb]atch"):
+    with pytest.raises(UserError, match=r"(?s)teratron ended with exit code 1.*global_batch"):
         race(workload, [], Settings())
 
 
