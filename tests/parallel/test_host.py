@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import Keys, batch_of, engine_of, share
 from pool import pool
 from torch import Tensor
@@ -154,6 +155,23 @@ def left_behind(rank: int, ranks: int) -> str:
 
 def test_a_rank_that_ends_is_noticed_as_a_lost_connection() -> None:
     assert pool().run(left_behind, 2) == [LOST, ""]
+
+
+def outlived(rank: int, ranks: int) -> Tensor:
+    """What two ranks add up together when the other two have gone."""
+    mesh, x = Mesh({"pipeline": 2, "tensor": 2}, rank), torch.ones(2)
+    mesh.tensor.sum(x).wait()
+    if rank >= 2 and mesh.host is not None:
+        for peer in mesh.host.peers.values():
+            peer._connection.close()
+    dist.barrier()
+    if rank < 2:
+        mesh.tensor.sum(x).wait()
+    return x
+
+
+def test_ranks_that_need_nothing_more_may_leave() -> None:
+    assert [found.tolist() for found in pool().run(outlived, 4)] == [[4.0] * 2] * 2 + [[2.0] * 2] * 2
 
 
 def trained(rank: int, ranks: int, keys: Keys, shared: bool) -> list[Tensor]:

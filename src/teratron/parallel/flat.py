@@ -280,9 +280,12 @@ class FlatModel:
     def _send(self, bucket: Bucket, gradient: Tensor) -> None:
         """Start the sum over the data ranks, after that over tensor ranks which have a share of a gradient each.
 
-        The reduction before is finished first where that frees its whole gradient, or lets the sum over its copies begin.
+        The reduction before is finished first where that frees its whole gradient, or lets the sum over its copies begin; others where
+        nobody need be waited for, so that what ranks hand each other does not pile up.
         """
         if self._reductions and (bucket.hybrid or not bucket.sharding.keep_gradients):
+            self._collect()
+        while self._reductions and not self._reductions[0][0].hybrid and self._reductions[0][3].ready:
             self._collect()
         if self.watch is not None:
             self.watch(bucket, gradient)

@@ -53,9 +53,12 @@ class Peer:
             raise RuntimeError(f"connection closed by rank {self.rank}: {trouble}")
         self.sent += 1
 
+    def has_told(self, collective: bytes) -> bool:
+        return collective in self._letters
+
     def letter(self, collective: bytes) -> tuple[int, int]:
         """What it tells of a collective; waits for it. Raises RuntimeError where it does not come in time, or is gone."""
-        while collective not in self._letters:
+        while not self.has_told(collective):
             self.hear()
         return self._letters.pop(collective)
 
@@ -115,10 +118,16 @@ class Host:
         return Line(self, rank, others) if len(others) == len(ranks) - 1 else None
 
     def hear(self) -> None:
-        """Take all messages that are there, so that no socket fills up and slots become free."""
+        """Take all messages that are there, so that no socket fills up and slots become free.
+
+        Who has ended does no harm to those that do not wait for it: they may have more to do.
+        """
         while ready := self._poll.poll(0):
             for descriptor, _ in ready:
-                self._by_descriptor[descriptor].hear()
+                try:
+                    self._by_descriptor[descriptor].hear()
+                except RuntimeError:
+                    self._poll.unregister(descriptor)
 
     def slot(self, size: int) -> Slot:
         """Room for so many bytes, in the first gap that is large enough."""
@@ -207,6 +216,11 @@ class Shared:
     slot: Slot
     x: Tensor
     take: Callable[[list[Tensor]], None]
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would not wait for anybody."""
+        self.line.host.hear()
+        return all(peer.has_told(self.collective) for peer in self.line.others.values())
 
     def wait(self) -> None:
         """Raises RuntimeError where another rank does not come in time, or is gone."""

@@ -51,6 +51,11 @@ class Pending:
         """after: what is left to do when it is over."""
         self._works, self._group, self._what, self._after = works, group, what, after
 
+    @property
+    def ready(self) -> bool:
+        """Whether `wait` would return at once."""
+        return all(work.is_completed() for work in self._works)
+
     def wait(self) -> None:
         if self._works and self._group is not None:
             with span(STARVED if self._what.startswith("receive") else WAIT):
