@@ -86,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--draft", metavar="MODEL", help="a small model of the same tokenizer that guesses tokens: the same text, sooner")
     parser.add_argument("--draft-tokens", type=int, metavar="N", help="tokens that it guesses at a time (default: 4)")
+    parser.add_argument("--compile", action="store_true", help="compile the step, which takes a minute the first time")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add_nproc(parser, " that share the model")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="numbers of weights and activations (default: fp32; fp64 as trained)")
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         loaded = open_source(args.source, *opening)
         draft = open_source(args.draft, *opening) if args.draft is not None else None
         ahead = guessed_by(args.lookup, draft, args.draft_tokens)
-        request = Request(how, args.max_new_tokens, tuple(args.stop), args.samples, args.batch, constraint, ahead)
+        request = Request(how, args.max_new_tokens, tuple(args.stop), args.samples, args.batch, constraint, ahead, args.compile)
         if len(prompts) == request.samples == 1 and not (args.output or args.no_stream or args.beams):
             _stream(loaded, prompts[0], request)
         else:

@@ -8,6 +8,7 @@ from types import ModuleType
 from teratron.generate.answers import AnswerDecoder
 from teratron.generate.api import generate, open_source
 from teratron.generate.beam import BeamSearch
+from teratron.generate.compiled import CompiledDecoder
 from teratron.generate.complete import Completion, Generator, Request, TextStream, complete
 from teratron.generate.contrastive import ContrastiveSearch, ContrastiveStream
 from teratron.generate.decoder import Decoder
@@ -21,6 +22,7 @@ __all__ = [
     "AnswerDecoder",
     "BeamSearch",
     "Choices",
+    "CompiledDecoder",
     "Completion",
     "ContrastiveSearch",
     "ContrastiveStream",

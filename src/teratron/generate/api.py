@@ -57,6 +57,7 @@ def generate(
     lookup: int = 0,
     draft: str | Path | LoadedModel | None = None,
     draft_tokens: int | None = None,
+    compile: bool = False,
     batch: int = 16,
     device: str = "auto",
     precision: str | None = None,
@@ -73,6 +74,7 @@ def generate(
         stop: a text, or several, that ends a continuation; it is cut off.
         lookup: tokens guessed at a time from the text itself; 0 = none. The text stays what it is.
         draft, draft_tokens: a small model that guesses instead, of the same tokenizer; None = 4 tokens at a time.
+        compile: a step is one compiled program; the first takes a minute to make, and is kept on disk.
         batch: continuations made at the same time, beams counted each.
         device: auto, cpu or cuda. precision: fp32, bf16, or None = as trained, halves in float32.
         ways: how tokens are chosen, see `Ways`.
@@ -89,7 +91,7 @@ def generate(
     drafter = open_source(draft, device, precision) if isinstance(draft, (str, Path)) else draft
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     ahead = guessed_by(lookup, drafter, draft_tokens)
-    request = Request(how, max_new_tokens, stops, batch=batch, constraint=constraint, ahead=ahead)
+    request = Request(how, max_new_tokens, stops, batch=batch, constraint=constraint, ahead=ahead, compiled=compile)
     several = [prompts] if isinstance(prompts, str) else list(prompts)
     texts = [completion.text for completion in complete(loaded, several, request)]
     return texts[0] if isinstance(prompts, str) else texts

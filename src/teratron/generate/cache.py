@@ -86,14 +86,15 @@ class FixedCache(Held):
         for room, new in zip(held, (k_BKSD, v_BKSD), strict=True):
             room.scatter_(2, columns[:, None, :, None].expand_as(new), new)
         if first:
-            return k_BKSD, v_BKSD, sight if sight.order is None else replace(sight, key_order=sight.order, _made={})
-        return held[0][:, :, : self.used], held[1][:, :, : self.used], self._sight(sight)
+            return k_BKSD, v_BKSD, self._sight(sight, first)
+        return held[0][:, :, : self.used], held[1][:, :, : self.used], self._sight(sight, first)
 
-    def _sight(self, sight: Sight) -> Sight:
-        came, becomes = self._seen.get(sight.pattern, (None, None))
-        if came is not sight or becomes is None:
-            places = torch.arange(self.used, device=self.padding_B1.device) - self.padding_B1
-            becomes = replace(sight, key_order=places, _made={})
+    def _sight(self, sight: Sight, first: bool) -> Sight:
+        """What the layers of one pattern share; `first`: the columns hold nothing else than the new tokens."""
+        came, becomes = self._seen.get(sight.pattern, (None, sight))
+        if came is not sight:
+            places = sight.order if first else torch.arange(self.used, device=self.padding_B1.device) - self.padding_B1
+            becomes = sight if places is None else replace(sight, key_order=places, _made={})
             self._seen[sight.pattern] = sight, becomes
         return becomes
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from teratron.config import UserError
 from teratron.generate.answers import AnswerDecoder
 from teratron.generate.beam import BeamSearch, beam_search
+from teratron.generate.compiled import CompiledDecoder, check_compiled
 from teratron.generate.contrastive import ContrastiveSearch, ContrastiveStream
 from teratron.generate.decoder import Decoder, room_for
 from teratron.generate.engine import TokenStream
@@ -58,6 +59,8 @@ class Request:
     """What every continuation must be."""
     ahead: LookUp | Draft | None = None
     """Who guesses tokens ahead, which changes the speed alone."""
+    compiled: bool = False
+    """Whether a step is one compiled program: see `CompiledDecoder`."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch"):
@@ -69,6 +72,8 @@ class Request:
             raise UserError(f"samples = {self.samples} of beams = {self.sampling.beams}, which find no more: ask for more beams")
         if self.ahead is not None and not isinstance(self.sampling, Sampling):
             raise UserError("beam and contrastive search look at several tokens anyway: leave lookup and draft out")
+        if self.compiled and (self.ahead is not None or not isinstance(self.sampling, Sampling)):
+            raise UserError("compiled steps have one token of each row: leave out compile, or lookup, draft, beams and contrastive_k")
         if "" in self.stop:
             raise UserError("stop = '': expected a text of at least one character")
 
@@ -104,6 +109,8 @@ class Generator:
             raise UserError(f"contrastive_k = {how.k}: an encoder-decoder has no contrastive search: leave it out")
         if request.ahead is not None and self.frame.start is not None:
             raise UserError("an encoder-decoder's tokens are not guessed ahead: leave lookup and draft out")
+        if request.compiled:
+            check_compiled(loaded.model)
         self.draft = request.ahead.loaded if isinstance(request.ahead, Draft) else None
         if self.draft is not None and tokenizer_of(self.draft).fingerprint != self.frame.tokenizer.fingerprint:
             raise UserError(f"draft {self.draft.name}: another tokenizer than {loaded.name} has; use a model of the same one")
@@ -176,6 +183,8 @@ class Generator:
         model, frame, limit = self.loaded.model, self.frame, self.request.max_new_tokens
         if isinstance(model, EncoderDecoder) and frame.start is not None:
             return AnswerDecoder(model, prompts, frame.start, limit, self.vocab)
+        if self.request.compiled:
+            return CompiledDecoder(model, prompts, limit, self.vocab, frame.both_sides)
         return Decoder(model, prompts, limit, self.vocab, frame.both_sides, rewinds=self.request.ahead is not None)
 
     def _begun(self, prompts: Sequence[list[int]]) -> list[Continuation]:

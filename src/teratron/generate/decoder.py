@@ -81,6 +81,10 @@ class Decoder:
         self.vocab = min(vocab or model.config.vocab_size, model.config.vocab_size)
         self.device = next(model.parameters()).device
 
+    def room(self, tokens: int) -> int:
+        """Columns of a cache for so many tokens."""
+        return tokens
+
     @torch.inference_mode()
     def prefill(self) -> Tensor:
         """Run all prompts in one pass; their hidden states [B, S, H]."""
@@ -89,7 +93,7 @@ class Decoder:
         rows = [[0] * (width - len(prompt)) + list(prompt) for prompt in self.prompts]
         padding_B = width - torch.tensor(lengths, device=self.device)
         self._places = torch.arange(width, device=self.device) - padding_B[:, None]
-        capacity = width + max(self.limits)
+        capacity = self.room(width + max(self.limits))
         self._cache: KVCache | FixedCache = FixedCache(capacity, padding_B) if self.rewinds else KVCache(capacity)
         return self._forward(torch.tensor(rows, device=self.device), padded=min(lengths) < width, prefix=self.both_sides)
 
@@ -135,7 +139,12 @@ class Decoder:
             state["order"] = self._places
         if prefix:
             state["prefix"] = self._places >= 0
-        return self.model(state, cache=self._cache)["hidden"]
+        return self._hidden(state)
+
+    def _hidden(self, state: dict[str, Tensor]) -> Tensor:
+        """Hidden states [B, S, H] of the tokens of a state, which go into the cache."""
+        hidden: Tensor = self.model(state, cache=self._cache)["hidden"]
+        return hidden
 
 
 def _check_ids(prompt: Sequence[int], vocab_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import torch
 
@@ -26,6 +27,11 @@ def choose_device(name: str, worker: Worker | None = None) -> torch.device:
     if name == "cpu" or not count:
         return torch.device("cpu")
     return torch.device("cuda", _cuda_index(worker, count) if worker is not None else 0)
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile works here: on CPU it needs a C++ compiler."""
+    return device.type != "cpu" or any(map(shutil.which, ("g++", "c++", "clang++")))
 
 
 def _cuda_index(worker: Worker, devices: int) -> int:

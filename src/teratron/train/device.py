@@ -6,7 +6,6 @@ import ctypes
 import math
 import os
 import platform
-import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,7 +19,7 @@ from teratron.models.blocks import Block
 from teratron.models.products import emulated
 from teratron.optim import OPTIMIZERS
 from teratron.optim.groups import treatment_of
-from teratron.parallel.device import DTYPES
+from teratron.parallel.device import DTYPES, has_compiler
 from teratron.parallel.mesh import Mesh
 from teratron.parallel.stages import cut_stages
 from teratron.parallel.worker import this_worker
@@ -123,7 +122,7 @@ def free_memory() -> float:
 
 def compile_blocks(model: Model, device: torch.device) -> None:
     """torch.compile each block; raises `UserError` on a CPU without a C++ compiler."""
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+    if not has_compiler(device):
         raise UserError("train.compile on CPU needs a C++ compiler: install one (`apt-get install g++`), or drop --train.compile")
     for block in model.units():
         if isinstance(block, Block):
