@@ -121,7 +121,7 @@ def generated(args: argparse.Namespace) -> dict[str, float]:
     begun = time.perf_counter()
     loaded = open_model(args.file, dtype=torch.bfloat16)
     opened = time.perf_counter()
-    stream = TokenStream(Decoder(loaded.model, [list(range(1, 9))], args.tokens), Sampling(temperature=0.0))  # type: ignore[arg-type]
+    stream = TokenStream(Decoder(loaded.model, [list(range(1, 9))], args.tokens), Sampling(temperature=0.0))
     moments = [time.perf_counter() for _ in stream]
     speed = (len(moments) - 1) / (moments[-1] - moments[0])
     return {"load_seconds": opened - begun, "first_token_seconds": moments[0] - opened, "tokens_per_second": speed}
