@@ -33,6 +33,7 @@ def draw(results: Path, picture: Path) -> None:
     widest = max(max(ratios.values()) for ratios in drawn.values())
     for axes, (title, ratios) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
         fill(axes, title, ratios, widest)
+        axes.set_ylim(-0.6, max(map(len, drawn.values())) - 0.4)
     figure.savefig(picture)
 
 
