@@ -10,7 +10,7 @@ from torch import Tensor
 
 from teratron.config import ModelConfig, UserError
 from teratron.models import build_model, initialise
-from teratron.models.float8 import E4M3, E5M2, Float8, rounded, scaled_product, use_float8
+from teratron.models.float8 import E4M3, E5M2, Float8, on_device, rounded, scaled_product, use_float8
 from teratron.models.leaves import Linear
 from teratron.models.products import EXACT
 
@@ -64,6 +64,15 @@ def test_it_agrees_with_pytorchs_own_scaled_product(a_type: torch.dtype) -> None
     theirs = torch._scaled_mm(a8, b8.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.float32)
     ours = scaled_product(a.float(), b.float(), a_type, False)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize(("a_type", "rows"), [(E4M3, False), (E5M2, False), (E4M3, True)])
+def test_the_way_of_gpus_fills_up_any_sizes(a_type: torch.dtype, rows: bool) -> None:
+    a, b = drawn(24, 70), drawn(50, 70, seed=1)
+    exact = scaled_product(a.double(), b.double(), a_type, rows)
+    found = on_device(a, b, a_type, rows)
+    assert (found.shape, found.dtype) == (exact.shape, torch.bfloat16)
+    assert ((found.double() - exact).abs() <= 2.0**-7 * exact.abs().amax(-1, keepdim=True)).all()
 
 
 @pytest.mark.parametrize("rows", [False, True])

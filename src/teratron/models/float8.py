@@ -54,7 +54,7 @@ class Float8(Products):
 def scaled_product(a_MK: Tensor, b_NK: Tensor, a_type: torch.dtype, rows: bool) -> Tensor:
     """a b^T in a's numbers: a rounded to its type, b to e4m3, products summed in float32 (of float64 operands in float64)."""
     if a_MK.is_cuda and a_MK.dtype == torch.bfloat16:
-        return _on_cuda(a_MK, b_NK, a_type, rows)
+        return on_device(a_MK, b_NK, a_type, rows)
     (a, a_scale), (b, b_scale) = rounded(a_MK, a_type, rows), rounded(b_NK, E4M3, rows)
     exact = accurate(a_MK.dtype)
     return ((a.to(exact) @ b.to(exact).t()) * a_scale * b_scale.t()).to(a_MK.dtype)
@@ -73,8 +73,8 @@ def rounded(x: Tensor, dtype: torch.dtype, rows: bool) -> tuple[Tensor, Tensor]:
     return (x.to(exact) / scale).to(dtype), scale
 
 
-def _on_cuda(a_MK: Tensor, b_NK: Tensor, a_type: torch.dtype, rows: bool) -> Tensor:
-    """By PyTorch's scaled product; sums and columns that are not multiples of 16 are filled up with zeros."""
+def on_device(a_MK: Tensor, b_NK: Tensor, a_type: torch.dtype, rows: bool) -> Tensor:
+    """The same by PyTorch's scaled product; sums and columns that are not multiples of 16 are filled up with zeros."""
     count, missing = b_NK.shape[0], -a_MK.shape[1] % ALIGNED
     a, a_scale = rounded(F.pad(a_MK, (0, missing)), a_type, rows)
     b, b_scale = rounded(F.pad(b_NK, (0, missing, 0, -count % ALIGNED)), E4M3, rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,10 +63,8 @@ def breakdown(trace: Path) -> dict[str, float]:
     host = sorted((event for event in events if event["tid"] == steps[0]["tid"] and event.get("cat") not in ON_DEVICE), key=_outer_first)
     device = [event for event in events if event.get("cat") in ON_DEVICE]
     layers = [*_waits(host), *_on_device(device, events, host)] if device else _on_host(host)
-    total: Counter[str] = Counter()
-    for window in windows:
-        total.update(painted(window, layers))
-    return {kind: total[kind] / len(windows) / 1000 for kind in KINDS}
+    found = [painted(window, layers) for window in windows]
+    return {kind: sum(one[kind] for one in found) / len(found) / 1000 for kind in KINDS}
 
 
 def painted(window: tuple[float, float], events: Iterable[Event]) -> dict[str, float]:
