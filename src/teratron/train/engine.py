@@ -30,6 +30,7 @@ from teratron.parallel.offload import Home, home_of
 from teratron.parallel.pipeline import Channels, Runtime
 from teratron.parallel.schedule_check import check
 from teratron.parallel.schedules import build_schedule
+from teratron.parallel.spans import UPDATE, span
 from teratron.parallel.stages import chunk_count, cut_stages
 from teratron.train.device import compile_blocks
 from teratron.train.recompute import recompute
@@ -118,7 +119,7 @@ class Engine:
         after the update.
         """
         work = self.passes(batch, step=step, loss_scale=loss_scale)
-        with around or nullcontext():
+        with span(UPDATE), around or nullcontext():
             norm = self.optimizer.step(number, lr, loss_scale)
         if work.loads and self.config.model.router_balance == "bias" and not self.config.model.adapter_rank:
             rate = norm.isfinite() * torch.full_like(norm, self.config.model.bias_rate)
