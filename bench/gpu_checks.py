@@ -124,7 +124,7 @@ def attention(name: str, device: torch.device) -> float:
         made.backward(slope)
     exact = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]
     with sdpa_kernel(SDPBackend.MATH):
-        plain = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=pairs < 4)
+        plain = F.scaled_dot_product_attention(exact[0], exact[1], exact[2], is_causal=True, enable_gqa=pairs < 4)
         plain.backward(slope.cpu().double())
     compared = [(made, plain), *((mine.grad, theirs.grad) for mine, theirs in zip((q, k, v), exact, strict=True))]
     return max(_relative(mine, theirs) for mine, theirs in compared if mine is not None and theirs is not None)

@@ -142,8 +142,8 @@ def kernels(device: torch.device, size: int, length: int) -> Rows:
 def float8_time(name: str, a: Tensor, b: Tensor, rows: bool) -> Time:
     """The product alone, of operands that are rounded already."""
     (a8, a_scale), (b8, b_scale) = rounded(a, E4M3, rows), rounded(b, E4M3, rows)
-    scales = {"scale_a": a_scale, "scale_b": b_scale.t().contiguous() if rows else b_scale}
-    seconds = best_seconds(lambda: drop(torch._scaled_mm(a8, b8.t(), **scales, out_dtype=torch.bfloat16)), a.device)
+    b_scale = b_scale.t().contiguous() if rows else b_scale
+    seconds = best_seconds(lambda: drop(torch._scaled_mm(a8, b8.t(), a_scale, b_scale, out_dtype=torch.bfloat16)), a.device)
     return Time(name, 2 * len(a) ** 3 / seconds)
 
 
@@ -169,11 +169,12 @@ def transformers_time(config: Config, device: torch.device, steps: int) -> Time:
 
     fresh(device)
     model, train = config.model, config.train
-    shape = LlamaConfig(
+    shape: Any = LlamaConfig(  # type: ignore[call-arg]
         vocab_size=model.vocab_size, hidden_size=model.hidden, intermediate_size=model.ffn, num_hidden_layers=model.layers,
         num_attention_heads=model.heads, max_position_embeddings=model.seq_length, attn_implementation="sdpa",
     )  # fmt: skip
-    peer = LlamaForCausalLM(shape).to(device)
+    peer: Any = LlamaForCausalLM(shape)
+    peer.to(device)
     run = torch.compile(peer) if device.type == "cuda" else peer
     optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-6, fused=True)
     rows = torch.randint(model.vocab_size, (train.micro_batch, model.seq_length), device=device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import litgpt
 import torch
 from job import Gate, Job, Shape
@@ -30,7 +32,7 @@ def train(job: Job, gate: Gate) -> None:
 
 
 def build(shape: Shape) -> litgpt.GPT:
-    common = {
+    common: dict[str, Any] = {
         "block_size": shape.seq_length, "n_layer": shape.layers, "n_embd": shape.hidden, "n_head": shape.heads,
         "n_query_groups": shape.kv_heads, "padded_vocab_size": shape.vocab_size, "vocab_size": shape.vocab_size, "bias": shape.bias,
         "intermediate_size": shape.ffn, "norm_eps": shape.norm_eps, "parallel_residual": False,

@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def initialise(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * 4) if name.endswith("c_proj.weight") else 0.02)
 
 
-def learn(model: nn.Module, splits: dict[str, np.ndarray], folder: Path, target: float) -> dict[str, Any]:
+def learn(model: nn.Module, splits: Mapping[str, np.ndarray], folder: Path, target: float) -> dict[str, Any]:
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False))
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer, best, still = torch.optim.AdamW(groups, lr=RATE, betas=BETAS), math.inf, 0.0

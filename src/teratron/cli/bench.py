@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
         speed = trial.speed(args.steps)
         text, numbers = speed_text(speed, trial.mesh.world), speed_json(speed)
     if trial.mesh.rank == 0:
-        print(f"{model_line(trial.config.model)}\n{degrees_line(trial.mesh.sizes)}, {config.train.precision} on {trial.device.type}\n\n{text}")
+        layout = f"{degrees_line(trial.mesh.sizes)}, {config.train.precision} on {trial.device.type}"
+        print(f"{model_line(trial.config.model)}\n{layout}\n\n{text}")
         if args.json:
             args.json.write_text(json.dumps(numbers, indent=1) + "\n", "utf-8")
     trial.close()

@@ -17,11 +17,12 @@ class Lamb(Segmented):
     states: ClassVar = ("moment1", "moment2")
 
     def direct(self, gradient: Tensor, state: list[Tensor], weight: Tensor, decay: float, how: Update) -> None:
-        config, adam = self.config, torch.zeros_like(gradient)
+        config, (moment1, moment2), adam = self.config, state, torch.zeros_like(gradient)
         torch._fused_adam_(  # from weights of zero, at a rate of -1: what is left there is Adam's direction, in one pass
             [adam],
             [gradient],
-            *([moment] for moment in state),
+            [moment1],
+            [moment2],
             [],
             [torch.tensor(float(how.number), device=gradient.device)],
             lr=-1.0,
