@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 
 def widened_attention(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -23,12 +22,11 @@ def widened_attention(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tens
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    kernel = torch._fused_sdp_choice(q, k, v, mask, 0.0, causal, enable_gqa=True)
-    if kernel == SDPBackend.FLASH_ATTENTION.value:
+    if mask is None or not mask.requires_grad:
         made: Tensor = _Widened.apply(q, k, v, mask, causal)
         return made
-    wide, bias = _widened(q, k, v), None if mask is None else mask.float()
-    return F.scaled_dot_product_attention(*wide, attn_mask=bias, is_causal=causal).to(q.dtype)
+    wide = _widened(q, k, v)  # the kernel has no gradient for masks
+    return F.scaled_dot_product_attention(*wide, attn_mask=mask.float(), is_causal=causal).to(q.dtype)
 
 
 class _Widened(torch.autograd.Function):
@@ -46,7 +44,7 @@ class _Widened(torch.autograd.Function):
         q, k, v, mask, made, log_sum = ctx.saved_tensors
         bias, attend = None if mask is None else mask.float(), torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         kept = *_widened(q, k, v), made.float(), log_sum
-        slopes = attend(upstream[0].float(), *kept, 0.0, ctx.causal, attn_mask=bias)
+        slopes = attend(upstream[0].float().contiguous(), *kept, 0.0, ctx.causal, attn_mask=bias)
         of_q, of_k, of_v = (slope.unflatten(1, (x.shape[1], -1)).sum(2).to(x.dtype) for slope, x in zip(slopes, (q, k, v), strict=True))
         return of_q, of_k, of_v, None, None
 
@@ -54,5 +52,6 @@ class _Widened(torch.autograd.Function):
 def _widened(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In float32, keys and values as often as heads share them."""
     share = q_BNSD.shape[1] // k_BKTD.shape[1]
-    k, v = (x.float() if share == 1 else x.float().repeat_interleave(share, dim=1) for x in (k_BKTD, v_BKTD))
-    return q_BNSD.float(), k, v
+    # Contiguous, as the kernel takes features to lie side by side.
+    q, k, v = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (q_BNSD, k_BKTD, v_BKTD))
+    return (q, k, v) if share == 1 else (q, k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1))
