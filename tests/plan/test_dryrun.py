@@ -204,11 +204,18 @@ def test_a_layer_that_is_made_again_keeps_its_input() -> None:
     assert activations(4, recompute="full") - activations(3, recompute="full") == 4 * LENGTH * HIDDEN
 
 
+class Apart(Mesh):
+    """Ranks that share no memory: what dry runs are of."""
+
+    def _meet(self) -> None:
+        return None
+
+
 def real(rank: int, ranks: int, keys: dict[str, Any]) -> tuple[dict[str, int], dict[str, int], int]:
     """Peak by kind, state, and operations of a real step under the same meter."""
     config = config_of(SHAPE | keys)
     with Meter() as meter:
-        engine = Engine(config, Mesh(mesh_sizes(config.parallel, ranks), rank))
+        engine = Engine(config, Apart(mesh_sizes(config.parallel, ranks), rank))
         label_state(meter, engine)
         engine.flat.publish()
         state = {kind: meter.now.memory[kind] for kind in ("weights", "gradients", "optimizer")}

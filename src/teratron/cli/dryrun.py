@@ -33,9 +33,13 @@ def dry_run_of(args: argparse.Namespace) -> bool:
     from teratron.plan.dryrun import dry_run
     from teratron.plan.dryrun_text import dry_run_json, dry_run_text
     from teratron.plan.layout import least_world
+    from teratron.train.budget import within_budget
     from teratron.train.engine import Engine
 
     world = least_world(config.parallel) if args.world is None else args.world
+    config, said = within_budget(config, world)
+    if said:
+        print(f"{said}\n")
     found = dry_run(config, world, args.rank or 0, partial(Engine, home=Home()), 1.0 if args.expert_load is None else args.expert_load)
     print(dry_run_text(found, args.memory))
     if args.json:

@@ -43,6 +43,7 @@ FREE_ON_RESUME = (
     "train.micro_batch",
     "train.recompute",
     "train.recompute_every",
+    "train.memory_budget",
     "train.compile",
     "train.on_bad_numbers",
     "train.verify_every",

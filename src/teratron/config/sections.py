@@ -330,6 +330,8 @@ class TrainConfig(Section):
     """Activations made again in the backward pass instead of kept: none, those inside attention, or whole blocks."""
     recompute_every: int = key(1, at_least(1))
     """Recompute only in every so many-th block."""
+    memory_budget: float = key(0.0, at_least(0))
+    """GiB that a step may take on a device: as few activations are made again (train.recompute) as that leaves; 0 = no budget."""
     compile: bool = key(False)
     """Compile each block with torch.compile (needs a C++ compiler on CPU)."""
     deterministic: bool = key(False)
@@ -346,6 +348,10 @@ class TrainConfig(Section):
     """Steps between searches for silently corrupted numbers: weights compared over their copies, or a step computed twice; 0 = never."""
 
     def check(self) -> None:
+        if self.memory_budget and self.recompute != "none":
+            raise UserError(
+                f"train.memory_budget = {self.memory_budget:g} chooses train.recompute, here {self.recompute}: leave one of them out"
+            )
         if self.recompute == "none" and self.recompute_every > 1:
             raise UserError(
                 f"train.recompute_every = {self.recompute_every} with train.recompute = none, which makes nothing again: "

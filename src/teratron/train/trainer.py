@@ -34,6 +34,7 @@ from teratron.parallel.device import DTYPES, choose_device
 from teratron.parallel.mesh import Mesh, check_layout, describe_layout, mesh_sizes
 from teratron.parallel.spans import DATA, span
 from teratron.parallel.worker import PREEMPTED, connect, disconnect, take_restarts, telling, this_worker
+from teratron.train.budget import within_budget
 from teratron.train.device import check_memory, describe, keep_freed_memory, measure_peak, set_deterministic
 from teratron.train.engine import Engine, check_batch, micro_batches
 from teratron.train.float32 import choose_float32_products
@@ -169,7 +170,10 @@ class Trainer:
             raise UserError(f"train.steps = {config.train.steps} is below step {self.state.step}, where the checkpoint stands: raise it")
         check_layout(self.config.model, self.config.parallel, self.mesh.world)
         self._together(lambda: check_memory(self.config, self.mesh, self.device))
-        self.engine = Engine(self.config, self.mesh, self.device, folder=self.run)
+        fitting, said = within_budget(self.config, self.mesh.world)
+        if said:
+            self.console.say(said)
+        self.engine = Engine(fitting, self.mesh, self.device, folder=self.run)
         self.optimizer = self.engine.optimizer
         self._restore(checkpoint)
         self.guard = Guard(self.run, self.engine, self.console.say)

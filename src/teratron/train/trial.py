@@ -21,6 +21,7 @@ from teratron.parallel.spans import DATA, STEP, span
 from teratron.parallel.worker import connect, disconnect, telling, this_worker
 from teratron.plan.layout import assumed_vocabulary
 from teratron.train.breakdown import KINDS
+from teratron.train.budget import within_budget
 from teratron.train.device import check_memory, keep_freed_memory, measure_peak, set_deterministic, synchronize
 from teratron.train.engine import Engine, check_batch
 from teratron.train.float32 import choose_float32_products
@@ -82,7 +83,7 @@ class Trial:
         set_deterministic(config.train.deterministic)
         keep_freed_memory()
         choose_float32_products()
-        self.engine = Engine(self.config, self.mesh, self.device)
+        self.engine = Engine(within_budget(self.config, self.mesh.world)[0], self.mesh, self.device)
         self.engine.optimizer.initialise(config.train.seed)
         needs = self.engine.objective.needs
         vocabulary = self.config.model.vocab_size
