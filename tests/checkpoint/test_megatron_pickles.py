@@ -63,8 +63,10 @@ def test_tensors_and_plain_data_are_read_as_torch_reads_them(tmp_path: Path, zip
         assert torch.equal(stored.values(), tensor)
     args = found["args"].attributes
     assert (args["layers"], args["big"], args["text"], args["path"]) == (2, 2**70, "ä", "/a/b")
-    assert isinstance(args["kind"], Record)
-    assert args["kind"].arguments == (1,)
+    if isinstance(args["kind"], Record):
+        assert args["kind"].arguments == (1,)
+    else:  # Python 3.11.0 to 3.11.3 pickle a member by its name
+        assert args["kind"].name.endswith("Kind.DECODER")
     for name in ("set", "bytes", "rate", "flags"):
         assert found[name] == content[name]
     assert found["size"] == tuple(base.shape)

@@ -254,7 +254,8 @@ def test_a_character_outside_the_alphabet_is_located(tmp_path: Path) -> None:
 
 
 RUN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background, and nobody hears it
 from teratron.cli.main import main
 from teratron.data import prepare
 prepare.BATCH = 100_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from tiny import tiny
 
 from teratron.checkpoint import TrainingState, open_checkpoint, open_weights, save_training, saved_state, write_weights
 from teratron.checkpoint.describe import describe_checkpoint
+from teratron.checkpoint.source import Weights
+from teratron.checkpoint.stream import Entry
 from teratron.config import Config
 from teratron.data.bpe import train_bpe
 from teratron.data.indexed import IndexedDataset, IndexedWriter
 from teratron.data.tokenizer import load_tokenizer
+from teratron.models import build_model, parts_of
 from teratron.parallel.boxes import Box, Piece
 from teratron.train.history import read_history
 
@@ -116,7 +120,10 @@ def tensors(folder: Path) -> Fuzz:
 def weights(folder: Path) -> Fuzz:
     """The file of `teratron convert`."""
     file = folder / "weights.safetensors"
-    write_weights(open_weights(checkpoint(folder)), file)
+    config = Config().override({"model.layers": 1, "model.hidden": 4, "model.heads": 1, "model.seq_length": 4, "model.vocab_size": 5})
+    parts = parts_of(build_model(config.model))
+    entries = [Entry(part.name, torch.float32, part.shape, partial(torch.ones, part.shape)) for part in parts]
+    write_weights(Weights(config.model, entries, None, "a model"), file)
     valid = file.read_bytes()
 
     def read(edits: Any) -> None:

@@ -52,7 +52,7 @@ class AttentionCore(nn.Module):
         bias = self.bias(q_BNSD, columns, sight)
         mask = sight.mask(queries, columns, q_BNSD.device) if bias is None else bias
         causal = sight.causal and mask is None
-        if emulated(q_BNSD) and torch.is_grad_enabled():
+        if emulated(q_BNSD) and q_BNSD.shape[2] > 1:  # a single query needs few products, and nothing kept beside long keys
             return widened_attention(q_BNSD, k_BKTD, v_BKTD, mask, causal)
         return F.scaled_dot_product_attention(q_BNSD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 

@@ -28,7 +28,8 @@ ATTENDING = {
 MULTIPLYING = {aten.mm, aten.addmm, aten.addmm_, aten._scaled_mm}
 PICKING = {aten.embedding, aten.index, aten.index_select, aten.gather}
 """They read as much as they write, and the numbers that say what."""
-EMPTY = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+EMPTY = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, torch.ops.prim.device}
+"""They touch no memory; the last one asks a tensor where it lies."""
 OVERWRITING = {aten.copy_, aten.fill_, aten.zero_}
 """They do not read what they change."""
 
